@@ -1,0 +1,14 @@
+"""The methods by name, one line each; others join through the entry point group ``manyedits.methods``."""
+
+from __future__ import annotations
+
+from manyedits.registry import Registry
+
+METHODS = Registry(
+    "method",
+    {
+        "rome": "manyedits.methods.rome:Rome",
+        "memit": "manyedits.methods.memit:Memit",
+    },
+    "manyedits.methods",
+)
