@@ -55,14 +55,14 @@ class Encoder:
         if special is None and text.startswith(self._prefix_text):
             special = False
         extra = {} if special is None else {"add_special_tokens": special}
-        return list(self.tokenizer.encode(text, **extra))
+        return list(self.tokenizer(text, verbose=False, **extra)["input_ids"])
 
     def prompt(self, text: str) -> Tokens:
         """A prompt to generate from."""
         text = self._adapted(text)
         bos = self.tokenizer.bos_token
         extra = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
-        return tuple(self.tokenizer(text, **extra)["input_ids"]) or (self.prefix_token,)
+        return tuple(self.tokenizer(text, verbose=False, **extra)["input_ids"]) or (self.prefix_token,)
 
     def pair(self, context: str, continuation: str) -> Pair:
         """A context and its continuation; spaces at the end of the context belong to the continuation."""

@@ -80,7 +80,7 @@ def absorb(rows: Sequence[Row]) -> list[Row]:
 def forest(rows: Sequence[Row]) -> list[Node]:
     """The trees of rows that share their beginnings wherever that is worth a forward pass of its own."""
     roots: list[Node] = []
-    waiting = [(sorted(rows, key=lambda r: r.tokens), 0, roots)]
+    waiting = [(sorted(rows, key=lambda r: r.tokens), 0, roots)] if rows else []
     while waiting:
         group, start, siblings = waiting.pop()
         if len(group) == 1:

@@ -1,0 +1,237 @@
+"""Tasks of lm-evaluation-harness by name, by YAML file or as a dictionary; nothing has to be registered.
+
+The harness knows some 14,000 names and takes seconds to index them. A task's folder is nearly always named like the
+beginning of the task, so that folder is looked into first, and everything only for names that are not found there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from lm_eval import tasks as harness
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from manyedits.errors import UserError
+from manyedits.registry import near_miss
+
+OWN_TASKS = Path(__file__).parents[1] / "tasks"
+BUILT_IN = Path(harness.__file__).parent
+
+
+class Loaded(NamedTuple):
+    """The tasks that one name stands for, and the groups that sum them up."""
+
+    tasks: dict[str, Task]
+    groups: dict[str, Group]
+
+
+class TaskSpec(BaseModel):
+    """A task and what may be set about it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str | dict[str, Any] = Field(description="Name of a task or group, path of a YAML file, or a configuration.")
+    num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt, where the task leaves it open.")
+    limit: int | None = Field(None, ge=1, description="The most items, drawn with a fixed seed, stratified.")
+    max_new_tokens: int | None = Field(None, ge=1, description="The longest generated answer, in tokens.")
+
+    @property
+    def name(self) -> str:
+        """What the benchmark is called in files and reports."""
+        if isinstance(self.task, dict):
+            return str(self.task.get("task") or self.task.get("group"))
+        return Path(self.task).stem if is_path(self.task) else self.task
+
+
+def is_path(name: str) -> bool:
+    """Whether a task is meant by its file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+# --- suites ---------------------------------------------------------------------------------------------------------
+
+
+def suite(name: str) -> list[TaskSpec]:
+    """The tasks of a suite."""
+    suites = yaml.safe_load((OWN_TASKS / "suites.yaml").read_text(encoding="utf-8"))
+    if name not in suites:
+        known = ", ".join(sorted(suites))
+        raise UserError(f"There is no suite `{name}`.{near_miss(name, suites)}", f"Suites: {known}.")
+    return [spec for entry in suites[name] for spec in _specs(entry)]
+
+
+def _specs(entry: str | Mapping[str, Any]) -> Iterator[TaskSpec]:
+    if isinstance(entry, str):
+        yield TaskSpec(task=entry)
+    elif "python" in entry:
+        module, _, function = entry["python"].partition(":")
+        yield from (TaskSpec(task=config) for config in getattr(import_module(module), function)())
+    else:
+        yield TaskSpec(**entry)
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(spec: TaskSpec) -> Loaded:
+    """The tasks with their data; whatever is wrong with them is the user's to mend."""
+    with quiet():
+        manager = _manager(spec.task)
+        try:
+            found = manager.load(spec.task)
+        except UserError:
+            raise
+        except yaml.YAMLError as error:
+            raise _broken(spec, error) from error
+        except Exception as error:  # a task's file may run anything, so it may fail in any way
+            raise UserError(
+                f"The task `{spec.name}` could not be loaded: {type(error).__name__}: {_first_line(error)}",
+                "Its data may be missing here (no network), or its file may have a mistake.",
+            ) from error
+    loaded = Loaded(dict(found["tasks"]), dict(found.get("groups", {})))
+    for name, task in loaded.tasks.items():
+        _supported(name, task)
+    return loaded
+
+
+def check(spec: TaskSpec) -> None:
+    """Raise if there is no such task, without reading its data."""
+    with quiet():
+        _manager(spec.task)
+
+
+def _manager(task: str | dict[str, Any]) -> TaskManager:
+    """An index that knows the task and everything that it refers to."""
+    if isinstance(task, dict):
+        return _everything() if "group" in task else TaskManager(include_defaults=False)
+    if is_path(task):
+        return _manager_of_file(Path(task))
+    near = _indexed(tuple(_folders(task)))
+    entry = near.task_index.get(task)
+    if entry is not None and entry.kind is not Kind.TAG and _complete(near, task):  # a tag may have members anywhere
+        return near
+    everything = _everything()
+    if task not in everything.task_index:
+        raise UserError(
+            f"There is no task `{task}` in lm-evaluation-harness.{near_miss(task, everything.all_tasks)}",
+            "Give a task's or group's name, or the path of a YAML file.",
+        )
+    return everything
+
+
+def _folders(task: str) -> Iterator[Path]:
+    """Our own tasks, and the built-in folders named like the beginning of a task."""
+    yield OWN_TASKS
+    words = task.split("_")
+    for count in range(len(words), 0, -1):
+        folder = BUILT_IN / "_".join(words[:count])
+        if folder.is_dir():
+            yield folder
+
+
+@lru_cache(maxsize=64)
+def _indexed(folders: tuple[Path, ...]) -> TaskManager:
+    return TaskManager(include_path=list(folders), include_defaults=False)
+
+
+@lru_cache(maxsize=1)
+def _everything() -> TaskManager:
+    return TaskManager(include_path=[OWN_TASKS])
+
+
+def _manager_of_file(path: Path) -> TaskManager:
+    """An index of the file's folder; of everything if the file is a group, which may refer to anything."""
+    if not path.is_file():
+        raise UserError(f"There is no task file {path}.", "Correct the path.")
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Lenient)
+    except yaml.YAMLError as error:
+        raise _broken(TaskSpec(task=str(path)), error) from error
+    if not isinstance(config, dict) or not ({"task", "group", "class"} & set(config)):
+        raise UserError(f"{path} is no task: it has neither `task` nor `group`.", "See the harness's task guide.")
+    return _everything() if "group" in config else TaskManager(include_defaults=False)
+
+
+class _Lenient(yaml.SafeLoader):
+    """Reads a task's file without running what its tags name."""
+
+
+_Lenient.add_multi_constructor("!", lambda loader, suffix, node: str(getattr(node, "value", "")))
+
+
+def _complete(manager: TaskManager, name: str) -> bool:
+    """Whether an index holds a name and everything below it."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return False
+    members = (entry.cfg or {}).get("task")
+    return not isinstance(members, list) or all(_known(manager, member) for member in members)
+
+
+def _known(manager: TaskManager, member: Any) -> bool:
+    if isinstance(member, str):
+        return _complete(manager, member)
+    if "group" in member and member["group"] not in manager.task_index:
+        return all(_known(manager, below) for below in member.get("task", []))
+    return _complete(manager, member.get("group") or member.get("task"))
+
+
+def _broken(spec: TaskSpec, error: yaml.YAMLError) -> UserError:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    problem = getattr(error, "problem", None) or _first_line(error)
+    return UserError(f"The task file {spec.task} is no valid YAML: {where}{problem}.", "Correct the file.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _supported(name: str, task: Task) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"The task `{name}` shows pictures or sound.", "Only tasks on text can be measured.")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"The task `{name}` runs code that the model wrote.", "It is not run here; leave it out.")
+
+
+def set_shots(loaded: Loaded, num_fewshot: int | None, seed: int) -> None:
+    """Examples and their random draw, by the harness's rules: a task that says 0 keeps 0."""
+    for task in loaded.tasks.values():
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):
+            task.set_config("num_fewshot", num_fewshot or 0)
+        task.set_fewshot_seed(seed)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The harness warns about most of what it does; while inside, only its errors are shown."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def spec_of(task: str | Mapping[str, Any]) -> TaskSpec:
+    """A spec out of a name, a file, a task's configuration, or a mapping with `task` and settings."""
+    settings = set(TaskSpec.model_fields) - {"task"}
+    if isinstance(task, str):
+        return TaskSpec(task=task)
+    try:
+        return TaskSpec(**task) if set(task) - {"task"} <= settings else TaskSpec(task=dict(task))
+    except ValidationError as error:
+        raise UserError(f"The task {task.get('task')!r} has a wrong setting: {error.errors()[0]['msg']}.") from error
