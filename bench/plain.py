@@ -112,18 +112,22 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def target_ids(tokenizer: Any, target: str) -> list[int]:
-    """The ids of the target as it stands after a prompt: with one leading space, without BOS."""
-    return list(tokenizer(" " + target, add_special_tokens=False)["input_ids"])
+def target_ids(tokenizer: Any, text: str, target: str) -> list[int]:
+    """The ids of the target as it stands after a text: what one more space and the target add to the text's own ids."""
+    before = list(tokenizer(text)["input_ids"])
+    whole = list(tokenizer(f"{text} {target}")["input_ids"])
+    if whole[: len(before)] != before:
+        raise ValueError(f"the tokens of {text!r} change when {target!r} follows")
+    return whole[len(before) :]
 
 
 def make_rows(tokenizer: Any, fact: Fact, contexts: Sequence[str], where: str) -> Rows:
     """Every context followed by all of the target but its last token, then the KL row."""
-    wanted = target_ids(tokenizer, fact.target)
     ids, labels, positions = [], [], []
     for context in contexts:
         text, start, end = in_context(fact, context)
         tokens, offsets = encode(tokenizer, text)
+        wanted = target_ids(tokenizer, text, fact.target)
         positions.append(position(offsets, start, end, where))
         ids.append(tokens + wanted[:-1])
         labels.append([IGNORED] * (len(tokens) - 1) + wanted)

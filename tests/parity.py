@@ -2,7 +2,7 @@
 
     python tests/parity.py GOLDEN_DIR [--methods rome,memit]
 
-Any architecture: the folder's config.json decides. Prints a row per comparison in the order in which a mistake should be
+Any architecture: the folder's config.json decides. Prints a row per comparison in the order in which a mistake is best
 looked for (check 1 first: when an early check is over, the later ones are over for that reason), then a summary. What
 the reference itself broke is printed as such and not compared; what cannot be compared says why. Exit status 1 when a
 comparison is over its tolerance, 2 when there is no such folder.

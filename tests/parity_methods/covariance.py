@@ -1,4 +1,4 @@
-"""Our gathering of second moments, over the recorded token ids, against the recorded moments: all modules in one pass."""
+"""Our gathering of second moments over the recorded token ids against the recorded moments: all modules in one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the locate-then-edit methods have in common here: run every recorded case with ours, then go through the rules."""
+"""What the locate-then-edit methods have in common: run every recorded case with ours, then go through the rules."""
 
 from __future__ import annotations
 
@@ -108,8 +108,9 @@ class EditAdapter(ABC):
         for case, names in self._cases(table.recorded, variant).items():
             if not case.earlier:
                 stage.model.reset()
-            ours = self._run(stage, method, case) if case.requests else self._totals(stage, names)
-            self._judge(stage, table, case, names, ours, hparams)
+            theirs = {name: table.recorded[case.prefix + name] for name in names}
+            ours = self._run(stage, method, case) if case.requests else self._totals(stage, theirs)
+            self._judge(stage, table, case, theirs, ours, hparams)
         stage.model.reset()
 
     def _run(self, stage: Stage, method: EditMethod, case: Case) -> Tensors:
@@ -125,29 +126,27 @@ class EditAdapter(ABC):
         return {"logprob_before": before, "logprob_after": after, **self._deltas(stage, edit.changes), **ours}
 
     def _deltas(self, stage: Stage, changes: Sequence[Any]) -> Tensors:
-        """Changes of weights under both names that recordings use: `delta_W` of one layer, `layer<i>.delta_W` of several."""
+        """Changes of weights under both names in use: `delta_W` of one layer, `layer<i>.delta_W` of several."""
         named = {}
         for change in changes:
             layer = change.weight.removeprefix(stage.model.arch.blocks + ".").split(".")[0]
             named["delta_W"] = named[f"layer{layer}.delta_W"] = stage.stored(change.weight, change.delta())
         return named
 
-    def _totals(self, stage: Stage, names: Sequence[str]) -> Tensors:
-        """What was recorded of the model at the end of a sequence."""
-        model = stage.model
-        ours = {"logprob_final": stage.log_probabilities(range(8))}
+    def _totals(self, stage: Stage, theirs: Tensors) -> Tensors:
+        """What was recorded of the model at the end of a sequence; probabilities of the first so many requests."""
+        model, ours = stage.model, {}
+        if "logprob_final" in theirs:
+            ours["logprob_final"] = stage.log_probabilities(range(len(theirs["logprob_final"])))
         for weight, master in model.masters().items():
             ours["W_final"] = stage.stored(weight, master)
             ours[f"delta_total.{weight}"] = stage.stored(weight, master - model.base_weight(weight))
         return ours
 
-    def _judge(
-        self, stage: Stage, table: Table, case: Case, names: Sequence[str], ours: Tensors, hparams: Hparams
-    ) -> None:
-        theirs = {name: table.recorded[case.prefix + name] for name in names}
+    def _judge(self, stage: Stage, table: Table, case: Case, theirs: Tensors, ours: Tensors, hparams: Hparams) -> None:
         for label, off in self.lookups(stage, hparams, case, theirs):
             table.judge(case, 1, label, float(off), EQUAL)
-        for name in names:
+        for name in theirs:
             for rule in self.rules(hparams):
                 if rule.matches(name):
                     table.compare(case, name, rule, fitted(name, ours.get(name), theirs[name]))

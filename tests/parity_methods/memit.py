@@ -49,7 +49,7 @@ class MemitAdapter(EditAdapter):
     def closed_forms(self, stage: Stage, hparams: Hparams, theirs: Tensors) -> Iterator[tuple[str, Tensor, float]]:
         layers = hparams["layers"]
         for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
-            if f"layer{layer}.delta_W" in theirs:
+            if {"z", *(f"layer{layer}.{name}" for name in ("K", "cur_z", "delta_W"))} <= theirs.keys():
                 site = stage.model.mlp_out(layer)
                 right = Factored(stage.golden.moments[site]).spread(
                     theirs[f"layer{layer}.K"].T, hparams["mom2_update_weight"]

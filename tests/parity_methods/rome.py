@@ -63,13 +63,13 @@ class RomeAdapter(EditAdapter):
     def closed_forms(self, stage: Stage, hparams: Hparams, theirs: Tensors) -> Iterator[tuple[str, Tensor, float]]:
         site = stage.model.mlp_out(hparams["layers"][0])
         adjusted = hparams["mom2_adjustment"]
-        if "keys_per_template" in theirs:
+        if {"u", "keys_per_template"} <= theirs.keys():
             memory = Factored(stage.golden.moments[site]) if adjusted else Identity()
             direction = memory.solve(theirs["keys_per_template"].double().mean(0)[:, None])[:, 0]
             yield "u", direction / direction.norm(), CLOSED_FLOAT32 if adjusted else CLOSED
-        if "v" in theirs:
+        if {"u", "v", "cur_input", "cur_output", "target"} <= theirs.keys():
             yield "v", rank_one(theirs["u"], theirs["cur_input"], theirs["target"], theirs["cur_output"]), CLOSED
-        if "delta_W" in theirs:
+        if {"u", "v", "delta_W"} <= theirs.keys():
             whole = torch.outer(theirs["v"].double(), theirs["u"].double())
             yield "delta_W", stage.stored(f"{site}.weight", whole), CLOSED
 

@@ -1,4 +1,4 @@
-"""Our implementation set up on a recorded model: requests, statistics and probabilities in the recordings' own terms."""
+"""Our implementation on a recorded model: requests, statistics and probabilities in the recordings' own terms."""
 
 from __future__ import annotations
 

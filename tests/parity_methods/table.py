@@ -1,4 +1,4 @@
-"""Rows of the comparison, the tolerances, and the account of what was compared: nothing recorded may be silently missing.
+"""Rows of the comparison, the tolerances, and the account: nothing that was recorded may be silently missing.
 
 The tolerances are those that the recordings ask for, relative to the tensor's largest entry. The checks are numbered as
 there, each isolating one thing: 1 lookup index, 2 covariance, 3 what is read from the unedited model, 4 the objective
