@@ -24,13 +24,13 @@ from manyedits.prefix import Tokens
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values in a buffer with room for what comes, so that a token more is no copy of all of them."""
+    """A layer's keys and values in buffers with room for what comes: a token more is no copy of all before it."""
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, filled: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.buffers = [_with_room(tensor, room) for tensor in (keys, values)]
-        self.keys, self.values = (b[:, :, : keys.shape[2]] for b in self.buffers)
+        self.buffers = (keys, values)
+        self.keys, self.values = keys[:, :, :filled], values[:, :, :filled]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append, in place."""
@@ -38,15 +38,8 @@ class RoomyLayer(DynamicLayer):
         after = before + key_states.shape[2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, before:after] = new
-        self.keys, self.values = (b[:, :, :after] for b in self.buffers)
+        self.keys, self.values = (buffer[:, :, :after] for buffer in self.buffers)
         return self.keys, self.values
-
-
-def _with_room(tensor: Tensor, room: int) -> Tensor:
-    batch, heads, tokens, size = tensor.shape
-    buffer = tensor.new_empty((batch, heads, tokens + room, size))
-    buffer[:, :, :tokens] = tensor
-    return buffer
 
 
 @dataclass
@@ -67,25 +60,22 @@ class Rows:
 
     def continued(self, index: Sequence[int], room: int) -> tuple[DynamicCache, Tensor]:
         """A cache of the rows in ``index`` (repeats allowed), ending in one column, with room; and their lengths."""
-        rows = torch.tensor(index)
-        lengths, ends = self.lengths[rows], self.ends[rows]
+        lengths, ends = self.lengths[index], self.ends[index]
         width = int(lengths.max())
-        columns = (ends[:, None] - width + torch.arange(width)).clamp_min(0)
+        places = list(zip(index, lengths.tolist(), ends.tolist(), strict=True))
         cache = DynamicCache()
-        cache.layers = [RoomyLayer(*(_taken(t, rows, columns) for t in layer), room) for layer in self.layers]
+        cache.layers = [RoomyLayer(*(_moved(t, places, width, room) for t in layer), width) for layer in self.layers]
         return cache, lengths
 
 
-def _taken(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The columns (n, width) of the rows (n,) of keys or values, without a copy where one row is meant by all."""
-    first = columns[0]
-    if bool((rows == rows[0]).all()):
-        begin = int(first[0])
-        straight = bool((first == torch.arange(begin, begin + len(first))).all())
-        if straight:
-            return tensor[rows[:1], :, begin : begin + len(first)].expand(len(rows), -1, -1, -1)
-    rows, columns = rows.to(tensor.device), columns.to(tensor.device)
-    return tensor[rows[:, None], :, columns].transpose(1, 2)
+def _moved(tensor: Tensor, places: Sequence[tuple[int, int, int]], width: int, room: int) -> Tensor:
+    """Keys or values of rows, each given by (row, length, end), moved to end in column ``width``; zeros before them."""
+    _, heads, _, size = tensor.shape
+    buffer = tensor.new_empty((len(places), heads, width + room, size))
+    for into, (row, length, end) in zip(buffer, places, strict=True):
+        into[:, : width - length] = 0
+        into[:, width - length : width] = tensor[row, :, end - length : end]
+    return buffer
 
 
 class Step(NamedTuple):

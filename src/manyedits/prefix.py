@@ -78,7 +78,10 @@ def absorb(rows: Sequence[Row]) -> list[Row]:
 
 
 def forest(rows: Sequence[Row]) -> list[Node]:
-    """The trees of rows that share their beginnings wherever that is worth a forward pass of its own."""
+    """The trees of rows that share their beginnings wherever that is worth a forward pass of its own.
+
+    A row that ends where others go on keeps that end as the end of a node.
+    """
     roots: list[Node] = []
     waiting = [(sorted(rows, key=lambda r: r.tokens), 0, roots)] if rows else []
     while waiting:
@@ -87,14 +90,25 @@ def forest(rows: Sequence[Row]) -> list[Node]:
             siblings.append(_node(group, start, len(group[0].tokens)))
             continue
         shared = common_length(group[0].tokens, group[-1].tokens)
-        length = shared - start
-        if length >= SHORTEST and length * (len(group) - 1) >= LEAST_SAVED:
+        if shared - start >= SHORTEST:
             node = _node(group, start, shared)
             siblings.append(node)
             start, siblings = shared, node.children
             group = [row for row in group if len(row.tokens) > shared]
         waiting.extend((part, start, siblings) for part in _parts(group, shared))
-    return roots
+    return [kept for root in roots for kept in _worthwhile(root)]
+
+
+def _worthwhile(node: Node) -> list[Node]:
+    """A tree without shared runs that save too little: those are run with each of their children instead."""
+    node.children = [kept for child in node.children for kept in _worthwhile(child)]
+    saved = len(node.tokens) * (len(node.children) - 1)
+    if not node.children or saved >= LEAST_SAVED or any(read.position == node.stop - 1 for read in node.reads):
+        return [node]
+    node.children[0].reads += node.reads
+    for child in node.children:
+        child.tokens, child.start = node.tokens + child.tokens, node.start
+    return node.children
 
 
 def _node(group: Sequence[Row], start: int, stop: int) -> Node:
