@@ -67,7 +67,7 @@ def with_factorisation(
     spare = alone["plain_cpu_s"] / ASKED - alone["fast_cpu_s"]
     after = math.ceil(once / spare) if spare > 0 else None
     line = {**facts, "edits": count, "factorisation_cpu_s": round(once, 3), "edits_until_asked": after}
-    return report("MEMIT batch-1 solves, factorisation included once in 100 edits", 0.0, pairs, **line)
+    return report("MEMIT batch-1 solves, factorisation included once in 100 edits", None, pairs, **line)
 
 
 def many(covariance: Tensor, keys: Tensor, count: int) -> None:

@@ -51,7 +51,7 @@ def measure(model: EditableModel, layer: int, steps: int, runs: int) -> dict[str
     difference = float((few[0] - few[1]).abs().max() / few[0].abs().max())
     pairs = paired(plain, fast, runs, (len(FACTS), len(FACTS)))
     facts = {"layer": layer, "requests": len(FACTS), "steps": steps, "relative_error_of_losses": f"{difference:.0e}"}
-    return report(f"value search at layer {layer}", ASKED.get(layer, 0.0), pairs, **facts)
+    return report(f"value search at layer {layer}", ASKED.get(layer), pairs, **facts)
 
 
 def main() -> list[dict[str, Any]]:

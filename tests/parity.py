@@ -11,15 +11,17 @@ comparison is over its tolerance, 2 when there is no such folder.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+
 from golden import Golden
-from parity_methods import MODULES, adapter
+from parity_methods import MODULES, Adapter, adapter
 from parity_methods.stage import Stage
-from parity_methods.table import SKIPPED, Row, summary
+from parity_methods.table import FAILED, SKIPPED, Row, summary
 
 CHECKS = {
     1: "lookup index",
@@ -45,9 +47,18 @@ def rows_of(stage: Stage, method: str) -> list[Row]:
     """The rows of one recorded method; a single one where there is no adapter."""
     found = adapter(method)
     if found is not None:
-        return found.rows(stage)
+        return guarded(found, stage)
     count = len(stage.golden.tensors(method))
     return [Row(7, method, "-", "-", f"({count} tensors)", SKIPPED + "no adapter for this method yet")]
+
+
+def guarded(found: Adapter, stage: Stage) -> list[Row]:
+    """The rows of an adapter; when it fails, that is one failed row, and the other methods are still compared."""
+    try:
+        return found.rows(stage)
+    except Exception as error:
+        logging.getLogger(__name__).exception("comparing %s failed", found.method)
+        return [Row(7, found.method, "-", "-", "(all)", f"{FAILED}: {type(error).__name__}: {error}")]
 
 
 def line(row: Row) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from golden import relative_error
 
+import tiny
 from bench.plain import GPT2, LLAMA, Fact, Names, Options, Search, make_rows, search_value
 from bench.plain_edit import mean_key, memit_solve, read, rome_u, rome_v
 from bench.plain_moments import second_moment
+from golden import relative_error
 from manyedits.data import Request
 from manyedits.hooks import capture
 from manyedits.methods.base import Recorder, ValueParams

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from golden import Golden, relative_error, shared
 from torch import Tensor
 
 from bench.plain import GPT2, Fact, Options, Rows, Search, make_rows, search_value
 from bench.plain_edit import MemitEdit, RomeEdit, memit_edit, memit_solve, rome_edit, rome_v
 from bench.plain_moments import second_moment
+from golden import Golden, relative_error, shared
 
 FOLDER = shared() / "golden" / "gpt2-tiny"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"the recorded outputs are not at {FOLDER}")

@@ -6,19 +6,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import parity
 import pytest
-import tiny
 import torch
-from golden import Golden, relative_error, shared
-from golden_writer import Writer
-from parity_methods.easyedit_bos import lookups
-from parity_methods.table import BROKEN, OVER, Row
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+import parity
+import tiny
 from bench.plain import GPT2, LLAMA, Fact, Names
+from golden import Golden, relative_error, shared
+from golden_writer import Writer
+from parity_methods.easyedit_bos import lookups
+from parity_methods.table import BROKEN, OVER, Row
 
 RECORDED = shared() / "golden" / "gpt2-tiny"
 NAMES: dict[str, Names] = {"gpt2": GPT2, "llama": LLAMA}
@@ -93,7 +93,7 @@ def test_ours_agrees_on_made_recordings(made: Path, capsys: pytest.CaptureFixtur
 def test_what_the_reference_broke_is_said_and_not_compared(made: Path) -> None:
     rows = [row for row in rows_of(made) if row.method == "rome" and row.variant == "last"]
     broken = {row.tensor for row in rows if row.verdict.startswith(BROKEN)}
-    assert broken == {"grad_step0", "losses", "delta_steps", "target", "u", "v", "delta_W", "logprob_after"}
+    assert broken == {"grad_step0", "losses", "delta_steps", "steps", "target", "u", "v", "delta_W", "logprob_after"}
     compared = {row.tensor for row in rows if row.error is not None}
     assert {"cur_input", "cur_output", "losses[0]", "logprob_before", "v (closed form)"} <= compared
     assert all(row.error is None and row.tolerance is None for row in rows if row.verdict.startswith(BROKEN))
@@ -134,6 +134,15 @@ def test_a_method_without_an_adapter_is_named(made: Path, tmp_path: Path) -> Non
     (folder / "novel.json").write_text("{}", encoding="utf-8")
     (row,) = parity.compare(Golden(folder), ["novel"])
     assert row.verdict == "not compared: no adapter for this method yet"
+
+
+def test_an_adapter_that_fails_hides_no_other_method(made: Path, tmp_path: Path) -> None:
+    folder = copied(made, tmp_path)
+    (folder / "hparams" / "rome.json").write_text('{"cov": {}}', encoding="utf-8")
+    rows = parity.compare(Golden(folder), ["rome", "covariance"])
+    assert [row.kind for row in rows if row.method == "rome"] == ["COMPARISON FAILED"]
+    assert {row.verdict for row in rows if row.method == "covariance"} == {"ok"}
+    assert any(row.failed for row in rows)
 
 
 def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

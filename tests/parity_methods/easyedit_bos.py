@@ -13,7 +13,6 @@ from typing import Any
 
 from golden import Golden
 from manyedits.data import Request
-
 from manyedits.tokens import lookup_rows
 from parity_methods.edits import EditAdapter, Hparams
 from parity_methods.memit import MemitAdapter

@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from golden import Golden
-from manyedits.data import Request
 from torch import Tensor
 
+from golden import Golden
 from manyedits.arch import is_transposed
+from manyedits.data import Request
 from manyedits.methods.base import ContextParams, Supplies, ValueParams
 from manyedits.model import EditableModel
 from manyedits.tokens import fact_rows

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from golden import relative_error
 from torch import Tensor
+
+from golden import relative_error
 
 FORWARD = 1e-5
 GRADIENT = 1e-4
@@ -22,7 +23,7 @@ CLOSED_FLOAT32 = 2e-4
 LOOP = 1e-3
 EQUAL = 0.0
 
-OK, OVER, MISSING = "ok", "OVER", "MISSING IN OURS"
+OK, OVER, MISSING, FAILED = "ok", "OVER", "MISSING IN OURS", "COMPARISON FAILED"
 BROKEN, SKIPPED = "reference broken: ", "not compared: "
 
 
@@ -51,7 +52,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        return self.verdict in (OVER, MISSING)
+        return self.kind in (OVER, MISSING, FAILED)
 
     @property
     def kind(self) -> str:
@@ -111,32 +112,36 @@ class Table:
         key = case.prefix + tensor
         self._seen.add(key)
         label = tensor + rule.label
-        reason = next((b.reason for b in self.broken if b.covers(case.variant, tensor, rule.check)), None)
+        reason = self.reason(case, tensor, rule.check)
         if reason is not None:
-            self._add(case, rule.check, label, BROKEN + reason)
+            self.tell(case, rule.check, label, BROKEN + reason)
         elif ours is None:
-            self._add(case, rule.check, label, MISSING)
+            self.tell(case, rule.check, label, MISSING)
         else:
             error = relative_error(rule.cut(ours), rule.cut(self.recorded[key]))
             self.judge(case, rule.check, label, error, rule.allowed(case))
 
     def judge(self, case: Case, check: int, label: str, error: float, tolerance: float) -> None:
         """A comparison whose error is known already. NaN is over every tolerance."""
-        self._add(case, check, label, OK if error <= tolerance else OVER, error, tolerance)
+        self.tell(case, check, label, OK if error <= tolerance else OVER, error, tolerance)
 
     def skip(self, case: Case, check: int, tensor: str, reason: str) -> None:
         """A recorded tensor that is not compared, with the reason."""
         self._seen.add(case.prefix + tensor)
-        self._add(case, check, tensor, SKIPPED + reason)
+        self.tell(case, check, tensor, SKIPPED + reason)
 
     def close(self) -> list[Row]:
         """All rows, after naming every recorded tensor that no rule spoke of."""
         for key in self.recorded:
             if key not in self._seen:
-                self._add(Case(self.method, "-", "-", "", ()), 7, key, SKIPPED + "no rule for this tensor")
+                self.tell(Case(self.method, "-", "-", "", ()), 7, key, SKIPPED + "no rule for this tensor")
         return self.rows
 
-    def _add(
+    def reason(self, case: Case, tensor: str, check: int) -> str | None:
+        """Why the reference's tensor cannot be compared in a check, None where it can."""
+        return next((b.reason for b in self.broken if b.covers(case.variant, tensor, check)), None)
+
+    def tell(
         self,
         case: Case,
         check: int,
@@ -145,6 +150,7 @@ class Table:
         error: float | None = None,
         tolerance: float | None = None,
     ) -> None:
+        """Write one row down."""
         self.rows.append(Row(check, case.method, case.variant, case.name, tensor, verdict, error, tolerance))
 
 
