@@ -6,6 +6,7 @@ SentencePiece kind with a BOS in front.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -62,11 +63,17 @@ def byte_level() -> Tokenizer:
 @lru_cache
 def sentencepiece() -> Tokenizer:
     """The SentencePiece kind: spaces are ▁, a ▁ is put in front, bytes stand in for the unknown, <s> comes first."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
-    plain = [text for text in TEXT if text.isascii()]
-    tokenizer.train_from_iterator(plain, trainers.BpeTrainer(vocab_size=VOCABULARY + 200, special_tokens=special))
+    split = Tokenizer(models.BPE())
+    split.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    split.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    split.train_from_iterator([text for text in TEXT if text.isascii()], trainers.BpeTrainer(vocab_size=VOCABULARY))
+    learned = json.loads(split.to_str())["model"]
+    fixed = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    vocabulary = {piece: i for i, piece in enumerate([*fixed, *learned["vocab"]])}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = split.normalizer
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -88,7 +95,7 @@ def hf_model(kind: str, seed: int = 0, **changes: Any) -> Any:
     words = tokenizer(kind)
     shape = {**_CONFIGS[kind], "vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     config = AutoConfig.for_model(kind, **{**shape, **changes})
-    config.initializer_range = changes.get("initializer_range", 0.1)
+    config.initializer_range = changes.get("initializer_range", 0.3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()

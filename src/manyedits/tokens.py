@@ -72,7 +72,7 @@ def locate(spans: Sequence[Span], subject: Span, prompt_end: int, which: FactTok
     """
     inside = [i for i, (a, b) in enumerate(spans) if b > a and a < prompt_end]
     held = [i for i in inside if spans[i][0] < subject[1] and spans[i][1] > subject[0]]
-    if not held:
+    if not held or subject[0] >= subject[1]:
         raise UserError("The subject has no token of its own in the prompt.", "Is it empty, or only white space?")
     if which == "subject_first":
         return held[0]

@@ -19,11 +19,14 @@ from lm_eval import tasks as harness
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind
+from lm_eval.tasks._index import Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from manyedits.errors import UserError
 from manyedits.registry import near_miss
+
+logger = logging.getLogger(__name__)
 
 OWN_TASKS = Path(__file__).parents[1] / "tasks"
 BUILT_IN = Path(harness.__file__).parent
@@ -87,9 +90,9 @@ def _specs(entry: str | Mapping[str, Any]) -> Iterator[TaskSpec]:
 def load(spec: TaskSpec) -> Loaded:
     """The tasks with their data; whatever is wrong with them is the user's to mend."""
     with quiet():
-        manager = _manager(spec.task)
+        manager, wanted = _found(spec.task)
         try:
-            found = manager.load(spec.task)
+            found = manager.load(wanted)
         except UserError:
             raise
         except yaml.YAMLError as error:
@@ -108,15 +111,18 @@ def load(spec: TaskSpec) -> Loaded:
 def check(spec: TaskSpec) -> None:
     """Raise if there is no such task, without reading its data."""
     with quiet():
-        _manager(spec.task)
+        _found(spec.task)
 
 
-def _manager(task: str | dict[str, Any]) -> TaskManager:
-    """An index that knows the task and everything that it refers to."""
+def _found(task: str | dict[str, Any]) -> tuple[TaskManager, str | dict[str, Any]]:
+    """An index that knows the task and everything that it refers to, and what to ask it for."""
     if isinstance(task, dict):
-        return _everything() if "group" in task else TaskManager(include_defaults=False)
-    if is_path(task):
-        return _manager_of_file(Path(task))
+        return TaskManager(include_defaults=False), task
+    return _found_file(Path(task)) if is_path(task) else (_manager(task), task)
+
+
+def _manager(task: str) -> TaskManager:
+    """An index that knows a name: of the likeliest folders, else of everything."""
     near = _indexed(tuple(_folders(task)))
     entry = near.task_index.get(task)
     if entry is not None and entry.kind is not Kind.TAG and _complete(near, task):  # a tag may have members anywhere
@@ -150,8 +156,28 @@ def _everything() -> TaskManager:
     return TaskManager(include_path=[OWN_TASKS])
 
 
-def _manager_of_file(path: Path) -> TaskManager:
-    """An index of the file's folder; of everything if the file is a group, which may refer to anything."""
+def _found_file(path: Path) -> tuple[TaskManager, str]:
+    """A task by its file; a group by its name, in an index of the files beside it and, if need be, of everything."""
+    config = _read(path)
+    if "group" not in config:
+        return TaskManager(include_defaults=False), str(path)
+    near = _with_files(TaskManager(include_defaults=False), path.parent)
+    if _complete(near, config["group"]):
+        return near, config["group"]
+    return _with_files(TaskManager(include_path=[OWN_TASKS]), path.parent), config["group"]
+
+
+def _with_files(manager: TaskManager, folder: Path) -> TaskManager:
+    """An index that also knows the files of a folder; those that are no tasks are passed over, as the harness does."""
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            TaskIndex.process_cfg(load_yaml(path, resolve_func=False), path, manager.task_index)
+        except (ValueError, OSError, yaml.YAMLError) as error:
+            logger.debug("%s is no task: %s", path, error)
+    return manager
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no task file {path}.", "Correct the path.")
     try:
@@ -160,7 +186,7 @@ def _manager_of_file(path: Path) -> TaskManager:
         raise _broken(TaskSpec(task=str(path)), error) from error
     if not isinstance(config, dict) or not ({"task", "group", "class"} & set(config)):
         raise UserError(f"{path} is no task: it has neither `task` nor `group`.", "See the harness's task guide.")
-    return _everything() if "group" in config else TaskManager(include_defaults=False)
+    return config
 
 
 class _Lenient(yaml.SafeLoader):
@@ -182,9 +208,11 @@ def _complete(manager: TaskManager, name: str) -> bool:
 def _known(manager: TaskManager, member: Any) -> bool:
     if isinstance(member, str):
         return _complete(manager, member)
-    if "group" in member and member["group"] not in manager.task_index:
-        return all(_known(manager, below) for below in member.get("task", []))
-    return _complete(manager, member.get("group") or member.get("task"))
+    name = member.get("group") or member.get("task")
+    if name not in manager.task_index and len(member) > 1:  # defined on the spot
+        below = member["task"] if isinstance(member.get("task"), list) else []
+        return all(_known(manager, each) for each in below)
+    return _complete(manager, name)
 
 
 def _broken(spec: TaskSpec, error: yaml.YAMLError) -> UserError:

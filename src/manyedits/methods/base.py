@@ -34,6 +34,7 @@ class Need(Enum):
     SUBJECT = "requests that name their subject"
     ADDITIVE_MLP = "an MLP whose output is added to the residual stream as it is"
     TRAINING_DATA = "requests to train an editor on"
+    STATISTICS = "a text to gather second moments over"
 
 
 class MethodParams(BaseModel):
@@ -122,6 +123,10 @@ class EditMethod(ABC):
     def __init__(self, params: MethodParams) -> None:
         self.params: Any = params
         self.recorder: Recorder | None = None
+
+    def requires(self) -> frozenset[Need]:
+        """What this method needs with these parameters."""
+        return self.needs
 
     def prepare(self, model: EditableModel, supplies: Supplies) -> None:  # noqa: B027  (a default, not a gap)
         """Slow work done once per model: statistics, training, an index. Nothing by default."""

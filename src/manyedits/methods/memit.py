@@ -57,7 +57,7 @@ class Memit(EditMethod):
     """One low-rank change per layer, of rank n for n requests."""
 
     Params: ClassVar[type[MethodParams]] = MemitParams
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.SUBJECT, Need.ADDITIVE_MLP})
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.SUBJECT, Need.ADDITIVE_MLP, Need.STATISTICS})
 
     def prepare(self, model: EditableModel, supplies: Supplies) -> None:
         self.contexts = context_groups(model, self.params.contexts, supplies)

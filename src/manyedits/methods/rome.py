@@ -58,6 +58,9 @@ class Rome(EditMethod):
     batch: ClassVar[int | None] = 1
     needs: ClassVar[frozenset[Need]] = frozenset({Need.SUBJECT, Need.ADDITIVE_MLP})
 
+    def requires(self) -> frozenset[Need]:
+        return self.needs | {Need.STATISTICS} if self.params.covariance else self.needs
+
     def prepare(self, model: EditableModel, supplies: Supplies) -> None:
         groups = context_groups(model, self.params.contexts, supplies)
         self.contexts = [context for group in groups for context in group]

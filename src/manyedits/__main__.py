@@ -1,0 +1,5 @@
+"""``python -m manyedits``."""
+
+from manyedits.cli import main
+
+main()

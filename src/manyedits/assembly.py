@@ -1,0 +1,96 @@
+"""From a cell of an experiment to the objects that run it: requests, model, method, trajectory, benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from manyedits.artifacts import Artifacts, default_root
+from manyedits.benchmarks import BENCHMARKS
+from manyedits.benchmarks.base import Benchmark, Setting
+from manyedits.config import Experiment, Options
+from manyedits.data import Request
+from manyedits.data.corpus import Corpus, read_corpus
+from manyedits.data.sets import load_requests
+from manyedits.errors import UserError
+from manyedits.loading import load_model
+from manyedits.methods import METHODS
+from manyedits.methods.base import EditMethod, Supplies, check_model, preset
+from manyedits.model import EditableModel
+from manyedits.progress import Progress
+from manyedits.rundir import RunDir
+from manyedits.trajectory import Trajectory
+
+
+def requests_of(cell: Experiment) -> list[Request]:
+    """The requests of a cell up to its last checkpoint, in the order in which they are edited."""
+    data = cell.data
+    if data.path is None:
+        raise UserError(f"The data set `{data.name}` needs a file.", "Set `data: {path: FILE}`.")
+    everything = load_requests(data.name, Path(data.path), data.seed, data.limit, data.order, cell.conflicts)
+    return everything[: max(cell.checkpoints)]
+
+
+def steps_of(cell: Experiment, requests: int) -> list[int]:
+    """The checkpoints that this cell measures: multiples of its batch, and the end of the data."""
+    return sorted({s for s in cell.checkpoints if s <= requests and (s % cell.batch == 0 or s == requests)})
+
+
+def method_of(cell: Experiment) -> EditMethod:
+    """The method with its preset's parameters and the experiment's own on top; not prepared."""
+    cls = METHODS.load(cell.method.name)
+    base = preset(cell.method.name, cell.method.preset)["params"] if cell.method.preset else {}
+    return cls(cls.Params(**merged(base, cell.method.overrides)))  # type: ignore[no-any-return]
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Two levels of parameters: what the experiment says replaces what the preset says, key by key."""
+    out = dict(base)
+    for key, value in over.items():
+        below = out.get(key)
+        out[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return out
+
+
+def model_of(cell: Experiment, options: Options) -> EditableModel:
+    """The unedited model, and a refusal if the cell's method cannot work on it."""
+    model = load_model(cell.model, cell.dtype, options.device, trust_remote_code=options.trust_remote_code)
+    check_model(METHODS.load(cell.method.name), cell.method.name, model)
+    return model
+
+
+def corpus_of(cell: Experiment) -> Corpus | None:
+    """The text that statistics are gathered over, if the experiment names one."""
+    return read_corpus(Path(cell.statistics.corpus)) if cell.statistics is not None else None
+
+
+def supplies_of(cell: Experiment, progress: Progress) -> Supplies:
+    """What the cell's method may use while it prepares."""
+    return Supplies(Artifacts(default_root()), corpus_of(cell), cell.seed, progress=progress)
+
+
+def trajectory_of(
+    run: RunDir, cell: Experiment, model: EditableModel, method: EditMethod, requests: Sequence[Request], **more: Any
+) -> Trajectory:
+    """The cell's trajectory in a run directory."""
+    identity = {"seed": cell.seed, "statistics": None if (text := corpus_of(cell)) is None else text.digest}
+    return Trajectory(run, model, method, requests, cell.batch, identity, **more)
+
+
+def benchmarks_of(
+    cell: Experiment, model: EditableModel, requests: Sequence[Request], options: Options
+) -> list[Benchmark]:
+    """The cell's benchmarks, prepared on the unedited model."""
+    setting = Setting(
+        requests=tuple(requests),
+        seed=cell.seed,
+        limit_items=cell.limit_items,
+        max_new_tokens=cell.max_new_tokens,
+        chat=cell.chat,
+        data_dir=None if options.data_dir is None else str(options.data_dir),
+    )
+    made = [BENCHMARKS.load(name)() for name in cell.benchmarks]
+    for benchmark in made:
+        benchmark.prepare(model, setting)
+    return made

@@ -1,0 +1,115 @@
+"""What an experiment will run and take, from its files' headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from manyedits.assembly import method_of, requests_of, steps_of
+from manyedits.checks import check_study
+from manyedits.config import Experiment, Options, Study
+from manyedits.loading import local_folder
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plan_study(study: Study, options: Options) -> dict[str, Any]:
+    """Every cell with its steps, memory and disk, in bytes. Raises ``Mistakes`` with all that is wrong."""
+    check_study(study)
+    cells = [_cell(folder, cell) for folder, cell in study.folders(options).items()]
+    return {"out": str(study.out(options)), "cells": cells, "disk": sum(c["disk"] or 0 for c in cells)}
+
+
+def _cell(folder: Path, cell: Experiment) -> dict[str, Any]:
+    requests = len(requests_of(cell))
+    steps = steps_of(cell, requests)
+    skipped = sorted(set(cell.checkpoints) - set(steps))
+    shape = _shape(cell)
+    layers = _layers(cell)
+    known = None if shape is None else _bytes(cell, shape, layers, steps)
+    return {
+        "folder": str(folder),
+        "model": cell.model,
+        "method": cell.method.name,
+        "requests": requests,
+        "edits": -(-steps[-1] // cell.batch),
+        "checkpoints": steps,
+        "not_measured": skipped,
+        "benchmarks": list(cell.benchmarks),
+        "memory": known and known["memory"],
+        "disk": known and known["disk"],
+    }
+
+
+def _layers(cell: Experiment) -> int:
+    params = method_of(cell).params
+    return len(getattr(params, "layers", None) or [0])
+
+
+def _shape(cell: Experiment) -> Mapping[str, int] | None:
+    """Parameters and the size of an edited weight; None when the model must first come from the hub."""
+    if isinstance(cell.model, dict):
+        spec = {k: v for k, v in cell.model.items() if k not in ("random", "tokenizer", "seed")}
+        config = AutoConfig.for_model(cell.model["random"], **spec).to_dict()
+        parameters = 12 * config["num_hidden_layers"] * config["hidden_size"] ** 2
+    else:
+        folder = local_folder(cell.model)
+        if folder is None:
+            return None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        parameters = _parameters(folder)
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    inner = config.get("intermediate_size") or config.get("ffn_dim") or config.get("n_inner") or 4 * hidden
+    return {"parameters": parameters, "hidden": hidden, "inner": inner}
+
+
+def _parameters(folder: Path) -> int:
+    from math import prod
+
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            total += sum(prod(tensors.get_slice(n).get_shape()) for n in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def _bytes(cell: Experiment, shape: Mapping[str, int], layers: int, steps: list[int]) -> dict[str, int]:
+    """Model; per edited layer a master, a base copy and a factored second moment; a change per request; snapshots."""
+    weight, moment = shape["hidden"] * shape["inner"], shape["inner"] ** 2
+    model = shape["parameters"] * BYTES[cell.dtype]
+    held = layers * (weight * (4 + BYTES[cell.dtype]) + moment * 8)
+    changes = steps[-1] * layers * 4 * (shape["hidden"] + shape["inner"])
+    return {"memory": model + held, "disk": changes + 4 * weight * layers * len([s for s in steps if s])}
+
+
+def as_text(plan: Mapping[str, Any]) -> str:
+    """A plan for people."""
+    lines = [f"{len(plan['cells'])} run(s) into {plan['out']}"]
+    for cell in plan["cells"]:
+        lines.append(f"\n{cell['method']} on {cell['model']}")
+        lines.append(f"  {cell['requests']} requests in {cell['edits']} edits; measured at {_list(cell['checkpoints'])}")
+        if cell["not_measured"]:
+            lines.append(f"  not measured, no multiple of the batch or past the data: {_list(cell['not_measured'])}")
+        lines.append(f"  benchmarks: {_list(cell['benchmarks'])}")
+        lines.append(f"  memory about {_size(cell['memory'])}, disk about {_size(cell['disk'])} in {cell['folder']}")
+    return "\n".join(lines)
+
+
+def _list(values: list[Any]) -> str:
+    return ", ".join(str(v) for v in values)
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown until the model is there"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count = count / 1000  # type: ignore[assignment]
+    return ""

@@ -1,0 +1,1 @@
+"""Reports out of rows: they read run directories and never a model."""

@@ -1,0 +1,128 @@
+"""Rows out of run directories; reads files and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from manyedits.errors import UserError
+from manyedits.rundir import RunDir, read_json, read_lines
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of one run."""
+
+    run: str
+    model: str
+    method: str
+    step: int
+    benchmark: str
+    metric: str
+    value: float | None
+    error: float | None
+    n: int
+    unscored: int
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run directory says of itself."""
+
+    folder: Path
+    experiment: dict[str, Any]
+    digest: str
+    provenance: dict[str, Any]
+    edited: int  # requests applied so far
+    seconds: float  # spent editing
+
+    @property
+    def label(self) -> str:
+        """Method, preset, batch and seed in a few words."""
+        method = self.experiment["method"]
+        parts = [method["name"]]
+        if self.experiment["batch"] > 1:
+            parts.append(f"batch {self.experiment['batch']}")
+        if self.experiment["data"]["seed"]:
+            parts.append(f"seed {self.experiment['data']['seed']}")
+        return ", ".join(parts)
+
+    @property
+    def model(self) -> str:
+        """The model in a word."""
+        ref = self.experiment["model"]
+        return f"random {ref['random']}" if isinstance(ref, dict) else Path(ref).name if "/" in ref else ref
+
+
+def run_info(folder: Path) -> RunInfo:
+    """What a run directory says of itself. Raises ``UserError`` when it is none."""
+    run = RunDir(folder)
+    if not run.resolved.is_file():
+        raise UserError(f"{folder} is no run directory: it has no resolved.json.", "Name a folder that `manyedits run` wrote.")
+    resolved = read_json(run.resolved)
+    lines = read_lines(run.journal)
+    made_by = read_json(run.provenance) if run.provenance.is_file() else {}
+    edited = lines[-1]["step"] if lines else 0
+    seconds = sum(line["seconds"] for line in lines)
+    return RunInfo(folder, resolved["experiment"], resolved["digest"], made_by, edited, seconds)
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories among these folders and directly below them."""
+    found: list[Path] = []
+    for path in paths:
+        below = sorted(p.parent for p in path.glob("*/resolved.json"))
+        here = [path] if RunDir(path).resolved.is_file() else below
+        if not here:
+            raise UserError(f"{path} is no run directory and holds none.", "Name a folder that `manyedits run` wrote.")
+        found += [p for p in here if p not in found]
+    return found
+
+
+def rows(folder: Path) -> list[Row]:
+    """All figures of a run, by step, benchmark and metric."""
+    info = run_info(folder)
+    found = []
+    for path in sorted((folder / "scores").glob("*/*.json")):
+        score = read_score(path)
+        for s in score["scores"]:
+            found.append(
+                Row(
+                    run=str(folder),
+                    model=info.model,
+                    method=info.label,
+                    step=int(path.parent.name),
+                    benchmark=score["benchmark"],
+                    metric=s["metric"],
+                    value=s["value"],
+                    error=s["error"],
+                    n=s["n"],
+                    unscored=s["unscored"],
+                    extra=s.get("extra", {}),
+                )
+            )
+    return found
+
+
+def read_score(path: Path) -> dict[str, Any]:
+    """One score file. Raises ``UserError`` when it is broken."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.", "Delete it and run again; it is measured anew.") from None
+
+
+def missing(run: RunDir, steps: Sequence[int], benchmarks: Sequence[str]) -> list[tuple[int, str]]:
+    """Checkpoints and benchmarks that have no score yet."""
+    return [(step, name) for step in steps for name in benchmarks if not run.score(step, name).is_file()]
+
+
+def is_complete(run: RunDir, steps: Sequence[int], benchmarks: Sequence[str]) -> bool:
+    """Whether everything was edited and measured."""
+    lines = read_lines(run.journal)
+    edited = lines[-1]["step"] if lines else 0
+    return edited >= steps[-1] and run.report.is_file() and not missing(run, steps, benchmarks)
