@@ -161,9 +161,11 @@ def forward_with(model: PreTrainedModel, module: nn.Module, rows: Rows, delta: T
     seen: list[Tensor] = []
 
     def add(_module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden = tensor_of(output)
+        given = tensor_of(output)
+        # Some families run their MLP over rows and tokens laid end to end.
+        hidden = given.reshape(*rows.ids.shape, given.shape[-1])
         seen.append(hidden.detach().clone())
-        changed = hidden.index_put(index, hidden[index] + delta)
+        changed = hidden.index_put(index, hidden[index] + delta).reshape(given.shape)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
     with hooked(module, add):

@@ -76,6 +76,15 @@ def test_value_search(kind: str, where: str, site: str) -> None:
         assert_equal(fast(model, layer, site, params), theirs)
 
 
+@pytest.mark.parametrize("kind", tiny.ADDITIVE)
+@pytest.mark.parametrize("site", ["mlp", "block"])
+def test_value_search_on_every_row_of_the_table(kind: str, site: str) -> None:
+    model, params = tiny.model(kind), ValueParams(steps=6, step_size=0.1)
+    block, out = f"{model.arch.blocks}.{{}}", f"{model.arch.blocks}.{{}}.{model.arch.mlp_out}"
+    theirs = plain(model, Names(block, out, out), 1, site, params)
+    assert_equal(fast(model, 1, site, params), theirs)
+
+
 @kinds
 def test_value_search_at_the_last_layer(kind: str) -> None:
     model, params = tiny.model(kind), ValueParams(steps=6, step_size=0.1)
