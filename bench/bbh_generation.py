@@ -1,9 +1,9 @@
 """Claim: 3-shot BBH takes half the CPU time of the harness's own model class.
 
-Plain: ``HFLM`` at batch 16, which runs the three worked examples again for every item and keeps finished rows until the
-last of a batch is done. Fast: the engine of ``lm.py``, which runs a task's examples once, appends to the cache in place,
-and lets finished rows leave. Two tasks, 20 items each, 48 new tokens, real texts, GPT-2 small's shape. The number of equal
-answers is printed; random weights make near ties, which rounding may decide either way.
+Plain: ``HFLM`` at batch 16, which runs the three worked examples again for every item and keeps finished rows until
+the last of a batch is done. Fast: the engine of ``lm.py``, which runs a task's examples once, appends to the cache in
+place, and lets finished rows leave. Two tasks, 20 items each, 48 new tokens, real texts, GPT-2 small's shape. The
+number of equal answers is printed; random weights make near ties, which rounding may decide either way.
 
     python -m bench.bbh_generation [--runs 1] [--items 20] [--tokens 48]
 """

@@ -1,8 +1,8 @@
 """Prompts of real benchmarks for the benches of scoring, and the harness's own model class as the other side.
 
-Texts are MMLU's and BIG-Bench Hard's, read from a folder of shared files that is not part of the project; a tokenizer of
-GPT-2's kind and size of vocabulary is trained on other text there, so that prompts have about the length in tokens that
-they have on the real model. Weights are random: speed does not depend on them.
+Texts are MMLU's and BIG-Bench Hard's, read from a folder of shared files that is not part of the project; a byte-level
+tokenizer is trained on other text there, so that prompts have about the length in tokens that they have on the real
+model. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ BATCH = 16
 
 def rows(path: str) -> list[dict[str, Any]]:
     """A JSON Lines file of the shared folder."""
-    file = SHARED / "data" / path
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as lines:
-        return [json.loads(line) for line in lines]
+    content = (SHARED / "data" / path).read_bytes()
+    text = gzip.decompress(content) if path.endswith(".gz") else content
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

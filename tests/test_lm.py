@@ -1,4 +1,4 @@
-"""The scoring engine against the harness's own HFLM, item by item, and what is its own: sharing, budgets, dead models."""
+"""The scoring engine against the harness's own HFLM, item by item; then what is its own: sharing, budgets, death."""
 
 from __future__ import annotations
 
@@ -10,20 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tiny
 from manyedits.encoding import Encoder, Pair, context_length
 from manyedits.errors import UserError
 from manyedits.lm import Engine
 from manyedits.model import EditableModel
 
 KINDS = ["gpt2", "gpt_neox", "llama", "gemma2", "qwen3", "mistral", "opt", "gptj"]
-WORDS = "Anna speaks French at home river city Márquez Østberg naïve 東京 café A tool window 12 .".split()
+WORDS = [
+    "Anna",
+    "speaks",
+    "French",
+    "at",
+    "home",
+    "river",
+    "Márquez",
+    "Østberg",
+    "naïve",
+    "東京",
+    "café",
+    "A",
+    "12",
+    ".",
+]
 CLOSE = 1e-4
 
 
@@ -41,7 +56,9 @@ def choices() -> list[tuple[str, str]]:
     head = shots(draw)
     questions = [f"{head}Question: {say(draw, draw.randint(2, 7))}\nAnswer:" for _ in range(8)]
     return [
-        (q, option) for q in questions for option in (" A", " B", f" {say(draw, 3)}", " Anna speaks", " Anna speaks French")
+        (q, option)
+        for q in questions
+        for option in (" A", " B", f" {say(draw, 3)}", " Anna speaks", " Anna speaks French")
     ]
 
 
@@ -58,7 +75,7 @@ def referee(hf: Any, tokenizer: Any, batch_size: int = 8) -> HFLM:
 
 
 def agree(hf: Any, tokenizer: Any, engine: Engine) -> None:
-    pairs = [p for p in choices() + ODD + TOO_LONG if engine.encoder.pair(*p).continuation]  # the harness fails on others
+    pairs = [p for p in choices() + ODD + TOO_LONG if engine.encoder.pair(*p).continuation]  # else the harness fails
     theirs = referee(hf, tokenizer).loglikelihood([request("loglikelihood", *p) for p in pairs], disable_tqdm=True)
     ours = engine.loglikelihood_texts(pairs)
     for pair, (a, greedy_a), (b, greedy_b) in zip(pairs, theirs, ours, strict=True):
@@ -150,7 +167,7 @@ def test_what_cannot_fit_is_a_sentence() -> None:
         engine.generate(["Anna"], max_new_tokens=16)
 
 
-# --- sharing, batches ---------------------------------------------------------------------------------------------------
+# --- sharing, batches -------------------------------------------------------------------------------------------------
 
 
 class Watch:
@@ -249,7 +266,7 @@ def test_scores_per_token() -> None:
     assert scores.hits.tolist() == (plain.argmax(-1) == torch.tensor([6, 7, 8])).tolist()
 
 
-# --- adapters and prompt methods ------------------------------------------------------------------------------------------
+# --- adapters and prompt methods --------------------------------------------------------------------------------------
 
 
 class Adapted:
@@ -286,7 +303,7 @@ def test_prompts_go_through_the_prompt_adapter() -> None:
     assert Engine(model).generate(["Anna"], max_new_tokens=5) == answer
 
 
-# --- dead models ------------------------------------------------------------------------------------------------------------
+# --- dead models ------------------------------------------------------------------------------------------------------
 
 
 def kill(model: EditableModel, value: float) -> EditableModel:
@@ -313,7 +330,7 @@ def test_one_broken_embedding_spoils_only_its_rows() -> None:
     assert Engine(model).loglikelihood([((3, 4), (5, 6, 9)), ((3,), (7,))]) == wanted
 
 
-# --- encoding ---------------------------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------------------------------
 
 
 def test_no_second_beginning_of_text() -> None:

@@ -1,8 +1,11 @@
 """Greedy generation of a batch whose rows leave when they are done.
 
-What a row says is what the harness would keep: the text of its tokens up to the first stop string, whichever tokens that
-string is spelled with. A row is done when a stop string stands at its end, at the end-of-text token, or at the limit; a
-row whose logits are not numbers (a dead model) is done at once, with what it has.
+What a row says is what the harness would keep: the text of its tokens up to the first stop string, whichever tokens
+that string is spelled with. A row is done when a stop string stands at its end, at the end-of-text token, or at the
+limit; a row whose logits are not numbers (a dead model) is done at once, with what it has.
+
+The harness's own class goes on with finished rows until the whole batch is done, and so may keep text after a stop that
+is itself a special token; answers here are those that it gives at a batch size of one.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class Stopping:
 
 
 def decode(runner: Runner, rows: Rows, index: Sequence[int], logits: Tensor, stopping: Stopping) -> list[list[int]]:
-    """The tokens generated after the rows in ``index``; ``logits`` (len(index), vocabulary) follow their last tokens."""
+    """The tokens generated after the rows in ``index``; ``logits`` (rows, vocabulary) follow their last tokens."""
     generated: list[list[int]] = [[] for _ in index]
     cache, lengths = rows.continued(index, stopping.limit)
     there = list(range(len(index)))  # which generation each row of the cache belongs to

@@ -1,8 +1,8 @@
 """From text to the token ids that are scored, by the harness's own rules.
 
-Whether a beginning-of-text token is put in front, to which side of a border a space belongs, what stands in for an empty
-context: each of these moves a benchmark's figure, so they follow ``HFLM`` of lm-evaluation-harness to the letter, and the
-tests compare item by item.
+Whether a beginning-of-text token is put in front, to which side of a border a space belongs, what stands in for an
+empty context: each of these moves a benchmark's figure, so they follow ``HFLM`` of lm-evaluation-harness to the letter,
+and the tests compare item by item.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class Pair(NamedTuple):
 class Encoder:
     """A tokenizer under the harness's rules, and the prompt method of an edited model, if there is one."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_adapter: Callable[[str], str] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_adapter: Callable[[str], str] | None = None) -> None:
         self.tokenizer = tokenizer
         self.prompt_adapter = prompt_adapter
 
@@ -43,7 +41,9 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         prefix = bos if bos is not None else self.tokenizer.eos_token_id
         if prefix is None:
-            raise UserError("The tokenizer has neither a beginning- nor an end-of-text token.", "Set `eos_token` in it.")
+            raise UserError(
+                "The tokenizer has neither a beginning- nor an end-of-text token.", "Set `eos_token` in it."
+            )
         return int(prefix)
 
     @cached_property

@@ -1,12 +1,12 @@
 """The one scoring engine: how likely texts are to a model, and what it says.
 
 Everything that measures a model goes through here, so that no two benchmarks can disagree about where a prompt ends.
-Requests become rows of tokens, rows become trees of shared beginnings (``prefix.py``), and a tree is walked in batches of
-similar length under a declared budget of tokens (``cache.py``): each shared beginning runs once, logits are computed only
+Requests become rows of tokens, rows become trees of shared beginnings (``prefix.py``), and a tree is walked in batches
+of similar length under a declared budget (``cache.py``): each shared beginning runs once, logits are computed only
 where something is read, and continuations of one token that share a context are read from one forward pass. What a
 ``Plan`` holds depends on the items only, so a benchmark makes it once and scores it at every checkpoint.
 
-Numbers agree with the harness's ``HFLM`` item by item (tests/test_lm.py). A dead model gives NaN and never an exception.
+Numbers agree with the harness's ``HFLM`` item by item (tests/test_lm.py). A dead model gives NaN, never an exception.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ VERSION = 1  # of the engine: part of a score's key, raised when a number could 
 
 # Logits of one batch hold at most this many numbers (256 MiB in 32 bit).
 MOST_LOGITS = 2**26
+
+# The cache of one batch takes about this many bytes, and holds at least and at most so many tokens. Declared, and never
+# a matter of free memory: the same items make the same batches on every machine of a kind.
+CACHE_BYTES = {"cpu": 2**30}
+CACHE_BYTES_ELSEWHERE = 2**33
+LEAST_TOKENS, MOST_TOKENS = 2048, 32768
 
 
 class Model(Protocol):
@@ -79,17 +85,30 @@ class Plan:
         return self.bounds[-1][1] if self.bounds else 0
 
 
-Visit = Callable[[Sequence[Placed], Tensor, Mapping[tuple[int, int], int], Rows | None], None]
+class Seen(NamedTuple):
+    """A batch that was run: its nodes, the logits that they asked for, and the cache that it left."""
+
+    nodes: Sequence[Node]
+    logits: Tensor
+    place: Mapping[tuple[int, int], int]  # (node, position) -> row of the logits
+    rows: Rows | None
+
+    def reads(self) -> list[tuple[int, Read]]:
+        """What was asked for, with the row of the logits to read it from."""
+        return [(self.place[i, read.position], read) for i, node in enumerate(self.nodes) for read in node.reads]
+
+
+Visit = Callable[[Seen], None]
 
 
 class Engine:
-    """Scores and generates. ``token_budget`` bounds the cached tokens of a batch; ``max_length`` the model's context."""
+    """Scores and generates. ``token_budget``: cached tokens of a batch; ``max_length``: the model's context."""
 
-    def __init__(self, model: Model, token_budget: int = 8192, max_length: int | None = None) -> None:
+    def __init__(self, model: Model, token_budget: int | None = None, max_length: int | None = None) -> None:
         self.model = model
         self.hf = model.hf
         self.max_length = max_length or context_length(model.hf.config, model.tokenizer)
-        self.token_budget = token_budget
+        self.token_budget = token_budget or default_budget(model.hf)
         self.truncated = 0  # requests so far that did not fit and lost tokens on the left
         self._runner = Runner(model, self.max_length)
 
@@ -147,20 +166,19 @@ class Engine:
         self.truncated += sum(cut > 0 for cut in plan.cuts)
         logprobs, hits = torch.full((plan.slots,), torch.nan), torch.zeros(plan.slots, dtype=torch.bool)
 
-        def judge(batch: Sequence[Placed], logits: Tensor, place: Mapping[tuple[int, int], int], _: Rows | None) -> None:
-            reads = [(place[i, read.position], read) for i, placed in enumerate(batch) for read in placed.node.reads]
-            if not reads:
+        def judge(seen: Seen) -> None:
+            if not (reads := seen.reads()):
                 return
-            where = torch.tensor([at for at, _ in reads], device=logits.device)
-            target = torch.tensor([read.target for _, read in reads], device=logits.device)
-            slots = torch.tensor([read.slot for _, read in reads])
-            values = logits[where, target] - logits.logsumexp(dim=-1)[where]
+            where, slots = [at for at, _ in reads], [read.slot for _, read in reads]
+            target = torch.tensor([read.target for _, read in reads], device=seen.logits.device)
+            values = seen.logits[where, target] - seen.logits.logsumexp(dim=-1)[where]
             found = values.isfinite()
             logprobs[slots] = values.where(found, torch.nan).cpu()
-            hits[slots] = ((logits.argmax(dim=-1)[where] == target) & found).cpu()
+            hits[slots] = ((seen.logits.argmax(dim=-1)[where] == target) & found).cpu()
 
         self._walk([Placed(0, root) for root in plan.roots], None, judge)
-        return [self._scores(pair, logprobs[a:b], hits[a:b]) for pair, (a, b) in zip(plan.pairs, plan.bounds, strict=True)]
+        bounds = zip(plan.pairs, plan.bounds, strict=True)
+        return [self._scores(pair, logprobs[a:b], hits[a:b]) for pair, (a, b) in bounds]
 
     @staticmethod
     def _scores(pair: Pair, logprobs: Tensor, hits: Tensor) -> TokenScores:
@@ -193,16 +211,16 @@ class Engine:
 
     def next_logprobs(self, contexts: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities of the token after each context: (contexts, vocabulary), 32 bit, on the CPU."""
-        rows = [Row(tokens, len(tokens) - 1, [Read(len(tokens) - 1, -1, i)]) for i, tokens in enumerate(self._cut(contexts))]
+        self.truncated += sum(len(context) > self.max_length for context in contexts)
+        rows = _last_reads([tuple(context[-self.max_length :]) for context in contexts])
         found: dict[int, Tensor] = {}
 
-        def note(batch: Sequence[Placed], logits: Tensor, place: Mapping[tuple[int, int], int], _: Rows | None) -> None:
-            logprobs = logits.log_softmax(dim=-1).cpu()
-            for i, placed in enumerate(batch):
-                found.update({read.slot: logprobs[place[i, read.position]] for read in placed.node.reads})
+        def note(seen: Seen) -> None:
+            logprobs = seen.logits.log_softmax(dim=-1).cpu()
+            found.update({read.slot: logprobs[at] for at, read in seen.reads()})
 
         self._walk([Placed(0, root) for root in self._trees(rows, self._adapted())], None, note)
-        return torch.stack([found[i] for i in range(len(rows))])
+        return torch.stack([found[i] for i in range(len(contexts))])
 
     # --- generation -------------------------------------------------------------------------------------------------
 
@@ -229,31 +247,21 @@ class Engine:
         return [Generated(stopping.text(t), tuple(t), n) for t, n in zip(tokens, lost, strict=True)]
 
     def _continuations(self, prompts: Sequence[Tokens], stopping: Stopping) -> list[list[int]]:
-        rows: dict[Tokens, Row] = {}
-        for i, prompt in enumerate(prompts):
-            last = len(prompt) - 1
-            rows.setdefault(prompt, Row(prompt, last)).reads.append(Read(last, -1, i))
         said: dict[int, list[int]] = {}
 
-        def speak(
-            batch: Sequence[Placed], logits: Tensor, place: Mapping[tuple[int, int], int], left: Rows | None
-        ) -> None:
-            ending = [i for i, placed in enumerate(batch) if placed.node.reads]
+        def speak(seen: Seen) -> None:
+            ending = [i for i, node in enumerate(seen.nodes) if node.reads]
             if not ending:
                 return
-            first = logits[[place[i, batch[i].node.stop - 1] for i in ending]]
-            texts = decode(self._runner, cast(Rows, left), ending, first, stopping)
-            for i, tokens in zip(ending, texts, strict=True):
-                said.update({read.slot: tokens for read in batch[i].node.reads})
+            first = seen.logits[[seen.place[i, seen.nodes[i].stop - 1] for i in ending]]
+            answers = decode(self._runner, cast(Rows, seen.rows), ending, first, stopping)
+            for i, tokens in zip(ending, answers, strict=True):
+                said.update({read.slot: tokens for read in seen.nodes[i].reads})
 
-        whole = self._adapted()
-        roots = unshared(list(rows.values())) if whole else forest(list(rows.values()))
+        rows = _last_reads(prompts)
+        roots = unshared(rows) if self._adapted() else forest(rows)
         self._walk([Placed(0, root) for root in roots], None, speak, room=stopping.limit)
         return [said[i] for i in range(len(prompts))]
-
-    def _cut(self, contexts: Sequence[Sequence[int]]) -> list[Tokens]:
-        self.truncated += sum(len(context) > self.max_length for context in contexts)
-        return [tuple(context[-self.max_length :]) for context in contexts]
 
     # --- the walk ---------------------------------------------------------------------------------------------------
 
@@ -270,6 +278,26 @@ class Engine:
             below = [Placed(i, child) for i, placed in enumerate(batch) for child in placed.node.children]
             logits, left = self._runner.run(parents, step, keep=bool(below or room))
             place = {(i, batch[i].node.start + column): at for at, (i, column) in enumerate(reads)}
-            visit(batch, logits, place, left)
+            visit(Seen([placed.node for placed in batch], logits, place, left))
             if below:
                 self._walk(below, left, visit, room)
+
+
+def _last_reads(sequences: Sequence[Tokens]) -> list[Row]:
+    """A row per distinct sequence, read at its last token; the slot is the place in the sequence of sequences."""
+    rows: dict[Tokens, Row] = {}
+    for i, tokens in enumerate(sequences):
+        last = len(tokens) - 1
+        rows.setdefault(tokens, Row(tokens, last)).reads.append(Read(last, -1, i))
+    return list(rows.values())
+
+
+def default_budget(hf: PreTrainedModel) -> int:
+    """Cached tokens of a batch, by the size that a token takes in this model's cache."""
+    config = hf.config.get_text_config(decoder=True)
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    a_token = 2 * int(config.num_hidden_layers) * int(kept) * int(size) * hf.dtype.itemsize
+    total = CACHE_BYTES.get(hf.device.type, CACHE_BYTES_ELSEWHERE)
+    return min(max(total // a_token, LEAST_TOKENS), MOST_TOKENS)

@@ -1,8 +1,8 @@
 """What many sequences of tokens share, as a tree: each part is run through the model once.
 
 A benchmark asks for thousands of continuations of contexts that begin alike: the same few-shot examples, then the same
-question with four answers. Sorted, such rows form a tree. A node is a run of tokens with what is to be read from it; its
-children continue it from the cache that it left. Rows that are the beginning of other rows cost nothing at all.
+question with four answers. Sorted, such rows form a tree. A node is a run of tokens with what is to be read from it;
+its children continue it from the cache that it left. Rows that are the beginning of other rows cost nothing at all.
 
 Everything here is a function of the rows and of a declared budget, so the same items always make the same batches.
 """
@@ -22,7 +22,7 @@ LEAST_SAVED = 24
 
 
 class Read(NamedTuple):
-    """One thing to read: the logits after the token at ``position``; ``target`` is judged there and noted at ``slot``."""
+    """The logits after the token at ``position`` are to be read for ``target``, and the result noted at ``slot``."""
 
     position: int
     target: int

@@ -1,9 +1,9 @@
 """Any task of lm-evaluation-harness as a benchmark of a run.
 
 Prompts, examples, answer filters and metrics are the harness's, so figures compare with everybody else's; asking the
-model and going through the items is ours. Requests are made once per run and answered at every checkpoint, each time from
-nothing: no answer is ever kept, because the harness's caches know a task and not the model (and would serve the unedited
-model's answers). Its ``evaluate`` is not used either; it would draw other few-shot examples at each checkpoint.
+model and going through the items is ours. Requests are made once per run and answered at every checkpoint, each time
+from nothing: no answer is ever kept, because the harness's caches know a task and not the model (and would serve the
+unedited model's answers). Its ``evaluate`` is not used either; it would draw other examples at each checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from manyedits.benchmarks.harness_items import Chat, check_fits, drawn, rendered
 from manyedits.benchmarks.harness_lm import EngineLM
 from manyedits.benchmarks.harness_requests import Answer, Encoded, Pairs, Prompts
 from manyedits.benchmarks.harness_samples import samples_of, scores_of
-from manyedits.benchmarks.harness_tasks import TaskSpec, load, quiet, set_shots, spec_of, suite
+from manyedits.benchmarks.harness_tasks import TaskSpec, load, quiet, root_of, set_shots, spec_of, suite
 from manyedits.lm import Engine
 from manyedits.model import EditableModel
 
@@ -134,7 +134,7 @@ class HarnessTask(Benchmark):
 
     def score(self, samples: Sequence[Sample]) -> list[Score]:
         """The figure of the whole first, then those of its parts."""
-        return scores_of(self.name, self.tasks, self.groups, samples)
+        return scores_of(root_of(self.groups), self.tasks, self.groups, samples)
 
 
 def _least(*values: int | None) -> int | None:

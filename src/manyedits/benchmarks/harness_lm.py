@@ -1,7 +1,7 @@
 """Our engine as a model class of lm-evaluation-harness: what its tasks ask of a model, answered by ``lm.py``.
 
-``EngineLM`` can be given to the harness's own ``evaluate``; our loop (``harness.py``) uses it for what belongs to prompts,
-chat templates above all, and asks the engine directly where a plan is made once and used at every checkpoint.
+``EngineLM`` can be given to the harness's own ``evaluate``; our loop (``harness.py``) uses it for what belongs to
+prompts, chat templates above all, and asks the engine directly where a plan is made once and used at every checkpoint.
 """
 
 from __future__ import annotations

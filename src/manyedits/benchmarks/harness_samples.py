@@ -1,8 +1,9 @@
 """Judgements of the harness's metrics as samples, and its aggregations as scores.
 
-A metric's value per item is kept, so that a figure can be made again without the model. What came out of a dead model, or
-of an answer that a metric cannot read at all, is ``None`` and counted apart. An answer that is empty, or in which the
-task's filter finds nothing, is wrong, as the harness has it, but flagged: a zero by silence is not a zero by mistakes.
+A metric's value per item is kept, so that a figure can be made again without the model. What came out of a dead model,
+or of an answer that a metric cannot read at all, is ``None`` and counted apart. An answer that is empty, or in which
+the task's filter finds nothing, is wrong, as the harness has it, but flagged: a zero by silence is not a zero by
+mistakes.
 """
 
 from __future__ import annotations
@@ -125,15 +126,15 @@ def _plain(raw: Any) -> Any:
 
 
 def scores_of(
-    name: str, tasks: Mapping[str, Task], groups: Mapping[str, Group], samples: Sequence[Sample]
+    whole: str | None, tasks: Mapping[str, Task], groups: Mapping[str, Group], samples: Sequence[Sample]
 ) -> list[Score]:
-    """The figures of the benchmark, then, if it has parts, of its groups and tasks."""
+    """The figures of the benchmark, then, if it has parts, of its groups and tasks; ``whole`` is the group of all."""
     by_task = {task: [s for s in samples if s.item.rpartition("/")[0] == task] for task in tasks}
     parts = {task: _task_scores(tasks[task], of) for task, of in by_task.items()}
     if len(tasks) == 1 and not groups:
         return next(iter(parts.values()))
     summed = {group: _group_scores(groups[group], parts, by_task) for group in groups}
-    own = summed.pop(name, [])
+    own = summed.pop(whole, []) if whole is not None else []
     named = [_renamed(score, part) for part, scores in {**summed, **parts}.items() for score in scores]
     return own + named
 

@@ -108,6 +108,13 @@ def load(spec: TaskSpec) -> Loaded:
     return loaded
 
 
+def root_of(groups: Mapping[str, Group]) -> str | None:
+    """The group that holds all the others, if there is one."""
+    below = {child.name for group in groups.values() for child in group.get_all_groups()}
+    roots = [name for name in groups if name not in below]
+    return roots[0] if len(roots) == 1 else None
+
+
 def check(spec: TaskSpec) -> None:
     """Raise if there is no such task, without reading its data."""
     with quiet():
@@ -181,16 +188,16 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"There is no task file {path}.", "Correct the path.")
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Lenient)
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Lenient)  # noqa: S506
     except yaml.YAMLError as error:
         raise _broken(TaskSpec(task=str(path)), error) from error
-    if not isinstance(config, dict) or not ({"task", "group", "class"} & set(config)):
+    if not isinstance(config, dict) or not ({"task", "group", "class", "include"} & set(config)):
         raise UserError(f"{path} is no task: it has neither `task` nor `group`.", "See the harness's task guide.")
     return config
 
 
 class _Lenient(yaml.SafeLoader):
-    """Reads a task's file without running what its tags name."""
+    """A safe loader that reads a task's file without running what its tags name."""
 
 
 _Lenient.add_multi_constructor("!", lambda loader, suffix, node: str(getattr(node, "value", "")))
