@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from manyedits import rundir
 from manyedits.artifacts import Artifacts, default_root
 from manyedits.benchmarks import BENCHMARKS
 from manyedits.benchmarks.base import Benchmark, Setting
@@ -21,6 +24,14 @@ from manyedits.model import EditableModel
 from manyedits.progress import Progress
 from manyedits.rundir import RunDir
 from manyedits.trajectory import Trajectory
+
+
+def cell_of(run: RunDir) -> Experiment:
+    """The cell that a run directory says it was made from."""
+    try:
+        return Experiment(**rundir.read_json(run.resolved)["experiment"])
+    except (KeyError, TypeError, ValidationError):
+        raise UserError(f"{run.resolved} was altered or written by another version.", "Restore it from a copy.") from None
 
 
 def requests_of(cell: Experiment) -> list[Request]:

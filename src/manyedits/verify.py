@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from manyedits.assembly import method_of, model_of, requests_of, supplies_of, trajectory_of
+from manyedits.assembly import cell_of, method_of, model_of, requests_of, supplies_of, trajectory_of
 from manyedits.config import Experiment, Options
 from manyedits.errors import UserError
 from manyedits.progress import Silent
@@ -17,7 +17,7 @@ from manyedits.trajectory import Trajectory, file_digest
 def verify(folder: Path, options: Options) -> list[str]:
     """Problems of a run directory, each naming file and step; none means that it holds."""
     run = RunDir(folder)
-    cell = run.read_cell()
+    cell = cell_of(run)
     requests = requests_of(cell)
     model, method = model_of(cell, options), method_of(cell)
     try:
