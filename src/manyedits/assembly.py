@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from manyedits import rundir
 from manyedits.artifacts import Artifacts, default_root
-from manyedits.benchmarks import BENCHMARKS
+from manyedits.benchmarks import benchmarks_named
 from manyedits.benchmarks.base import Benchmark, Setting
 from manyedits.config import Experiment, Options
 from manyedits.data import Request
@@ -89,11 +89,14 @@ def trajectory_of(
     return Trajectory(run, model, method, requests, cell.batch, identity, **more)
 
 
-def benchmarks_of(
-    cell: Experiment, model: EditableModel, requests: Sequence[Request], options: Options
-) -> list[Benchmark]:
-    """The cell's benchmarks, prepared on the unedited model."""
-    setting = Setting(
+def benchmarks_of(cell: Experiment) -> list[Benchmark]:
+    """The cell's benchmarks, suites taken apart, not prepared."""
+    return [benchmark for name in cell.benchmarks for benchmark in benchmarks_named(name)]
+
+
+def setting_of(cell: Experiment, requests: Sequence[Request], options: Options) -> Setting:
+    """What the cell tells its benchmarks."""
+    return Setting(
         requests=tuple(requests),
         seed=cell.seed,
         limit_items=cell.limit_items,
@@ -101,7 +104,3 @@ def benchmarks_of(
         chat=cell.chat,
         data_dir=None if options.data_dir is None else str(options.data_dir),
     )
-    made = [BENCHMARKS.load(name)() for name in cell.benchmarks]
-    for benchmark in made:
-        benchmark.prepare(model, setting)
-    return made

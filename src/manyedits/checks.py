@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from manyedits.arch import ARCHS
 from manyedits.assembly import corpus_of, merged, requests_of, steps_of
-from manyedits.benchmarks import BENCHMARKS
+from manyedits.benchmarks import benchmarks_named
 from manyedits.config import Experiment, Study, validate_params
 from manyedits.errors import Mistakes, UserError
 from manyedits.loading import check_folder, local_folder
@@ -40,7 +40,7 @@ def _cell(cell: Experiment, lengths: dict[str, int]) -> Iterator[UserError]:
     requests = _try(errors, lambda: requests_of(cell))
     _try(errors, lambda: corpus_of(cell))
     for name in cell.benchmarks:
-        _try(errors, lambda name=name: BENCHMARKS.load(name))  # type: ignore[misc]
+        _try(errors, lambda name=name: benchmarks_named(name))  # type: ignore[misc]
     if requests is not None:
         lengths[cell.digest()] = len(requests)
     if method is not None:

@@ -119,9 +119,9 @@ class Engine:
 
     # --- likelihoods ------------------------------------------------------------------------------------------------
 
-    def plan(self, pairs: Iterable[Pair | tuple[Sequence[int], Sequence[int]]]) -> Plan:
+    def plan(self, asked: Iterable[Pair | tuple[Sequence[int], Sequence[int]]]) -> Plan:
         """What to run for pairs of context and continuation ids; too long contexts lose tokens on the left."""
-        pairs = tuple(p if isinstance(p, Pair) else Pair(tuple(p[0]), tuple(p[1])) for p in pairs)
+        pairs = tuple(p if isinstance(p, Pair) else Pair(tuple(p[0]), tuple(p[1])) for p in asked)
         whole = self._adapted()
         rows: dict[tuple[Tokens, int], Row] = {}
         bounds, cuts, slot = [], [], 0

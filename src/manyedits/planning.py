@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from manyedits.assembly import method_of, requests_of, steps_of
+from manyedits.assembly import benchmarks_of, method_of, requests_of, steps_of
 from manyedits.checks import check_study
 from manyedits.config import Experiment, Options, Study
 from manyedits.loading import local_folder
@@ -39,7 +39,7 @@ def _cell(folder: Path, cell: Experiment) -> dict[str, Any]:
         "edits": -(-steps[-1] // cell.batch),
         "checkpoints": steps,
         "not_measured": skipped,
-        "benchmarks": list(cell.benchmarks),
+        "benchmarks": [benchmark.name for benchmark in benchmarks_of(cell)],
         "memory": known and known["memory"],
         "disk": known and known["disk"],
     }

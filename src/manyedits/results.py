@@ -39,6 +39,8 @@ class RunInfo:
     provenance: dict[str, Any]
     edited: int  # requests applied so far
     seconds: float  # spent editing
+    steps: list[int]  # the checkpoints that this run measures
+    benchmarks: list[str]  # suites taken apart
 
     @property
     def label(self) -> str:
@@ -68,7 +70,16 @@ def run_info(folder: Path) -> RunInfo:
     made_by = read_json(run.provenance) if run.provenance.is_file() else {}
     edited = lines[-1]["step"] if lines else 0
     seconds = sum(line["seconds"] for line in lines)
-    return RunInfo(folder, resolved["experiment"], resolved["digest"], made_by, edited, seconds)
+    return RunInfo(
+        folder,
+        resolved["experiment"],
+        resolved["digest"],
+        made_by,
+        edited,
+        seconds,
+        resolved["steps"],
+        resolved["benchmarks"],
+    )
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -116,13 +127,12 @@ def read_score(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}.", "Delete it and run again; it is measured anew.") from None
 
 
-def missing(run: RunDir, steps: Sequence[int], benchmarks: Sequence[str]) -> list[tuple[int, str]]:
-    """Checkpoints and benchmarks that have no score yet."""
-    return [(step, name) for step in steps for name in benchmarks if not run.score(step, name).is_file()]
+def missing(info: RunInfo) -> list[tuple[int, str]]:
+    """Checkpoints and benchmarks of a run that have no score yet."""
+    run = RunDir(info.folder)
+    return [(step, name) for step in info.steps for name in info.benchmarks if not run.score(step, name).is_file()]
 
 
-def is_complete(run: RunDir, steps: Sequence[int], benchmarks: Sequence[str]) -> bool:
-    """Whether everything was edited and measured."""
-    lines = read_lines(run.journal)
-    edited = lines[-1]["step"] if lines else 0
-    return edited >= steps[-1] and run.report.is_file() and not missing(run, steps, benchmarks)
+def is_complete(info: RunInfo) -> bool:
+    """Whether everything was edited, measured and reported."""
+    return info.edited >= info.steps[-1] and RunDir(info.folder).report.is_file() and not missing(info)

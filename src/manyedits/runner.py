@@ -16,16 +16,18 @@ from manyedits.assembly import (
     method_of,
     model_of,
     requests_of,
+    setting_of,
     steps_of,
     supplies_of,
     trajectory_of,
 )
+from manyedits.benchmarks.base import Benchmark
 from manyedits.checks import check_study
 from manyedits.config import Experiment, Options, Study
 from manyedits.data import Request
 from manyedits.progress import Progress
 from manyedits.report.markdown import write_markdown
-from manyedits.results import is_complete
+from manyedits.results import is_complete, run_info
 from manyedits.rundir import RunDir
 from manyedits.scores import ScoreStore
 
@@ -47,22 +49,27 @@ def run(study: Study, options: Options, progress: Progress) -> list[Path]:
 
 def run_cell(cell: Experiment, text: str, folder: Path, options: Options, progress: Progress) -> None:
     """One model, one method, one sequence of requests: edit to the largest count, measure at every checkpoint."""
-    run = RunDir(folder)
+    run, benchmarks, requests = RunDir(folder), benchmarks_of(cell), requests_of(cell)
+    steps = steps_of(cell, len(requests))
+    resolved = {
+        "digest": cell.digest(),
+        "experiment": cell.facts(),
+        "steps": steps,
+        "benchmarks": [benchmark.name for benchmark in benchmarks],
+    }
     with run.editing(), computing_with(cell.threads):
-        made_by = rundir.provenance(options.device, cell.seed, cell.threads)
-        run.begin(text, {"digest": cell.digest(), "experiment": cell.facts()}, made_by)
-        requests = requests_of(cell)
-        steps = steps_of(cell, len(requests))
-        if is_complete(run, steps, cell.benchmarks):
+        run.begin(text, resolved, rundir.provenance(options.device, cell.seed, cell.threads))
+        if is_complete(run_info(folder)):
             logger.info("%s is complete", folder)
             return
-        measure(run, cell, requests[: steps[-1]], steps, options, progress)
+        measure(run, cell, benchmarks, requests[: steps[-1]], steps, options, progress)
         write_markdown(run.report, [folder])
 
 
 def measure(
     run: RunDir,
     cell: Experiment,
+    benchmarks: Sequence[Benchmark],
     requests: Sequence[Request],
     steps: Sequence[int],
     options: Options,
@@ -72,14 +79,16 @@ def measure(
     name = run.root.name
     model, method = model_of(cell, options), method_of(cell)
     method.prepare(model, supplies_of(cell, progress))
-    benchmarks = benchmarks_of(cell, model, requests, options)
+    for benchmark in benchmarks:
+        benchmark.prepare(model, setting_of(cell, requests, options))
+    progress.start(name, steps[-1])
     trajectory = trajectory_of(run, cell, model, method, requests, told=lambda step: progress.advance(name, cell.batch))
     store = ScoreStore(run, model, cell, default_root() / "scores")
-    progress.start(name, steps[-1])
     for step in steps:
         trajectory.at(step)
         trajectory.snapshot()
         for benchmark in benchmarks:
+            progress.advance(name, 0, step=step, scoring=benchmark.name)
             store.measure(benchmark, step)
     progress.done(name)
 

@@ -85,7 +85,8 @@ def mean_score(metric: str, samples: Sequence[Sample]) -> Score:
         return Score(metric, None, None, 0, len(samples), extra)
     mean = sum(values) / len(values)
     spread = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-    return Score(metric, mean, math.sqrt(spread / len(values)), len(values), len(samples) - len(values), extra)
+    error = math.sqrt(spread / len(values)) if len(values) > 1 else None
+    return Score(metric, mean, error, len(values), len(samples) - len(values), extra)
 
 
 def content_digest(content: Any) -> str:

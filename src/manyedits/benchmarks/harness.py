@@ -75,7 +75,7 @@ class HarnessTask(Benchmark):
                 *(self.name, len(items), len(self.items), engine.max_length),
             )
 
-    def digest(self) -> str:
+    def digest(self, step: int = 0) -> str:
         """Identity of what is asked: every request as rendered, the decoding, and whose code judges it."""
         tasks = {
             name: [str(task.VERSION), str(task.get_config("num_fewshot")), list(task.aggregation())]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from manyedits import results, rundir
 from manyedits.results import Row, RunInfo
-from manyedits.rundir import RunDir
 
 
 def write_markdown(path: Path, folders: Sequence[Path]) -> None:
@@ -40,9 +39,7 @@ def _runs(infos: Sequence[RunInfo]) -> Iterator[str]:
 
 def _missing(infos: Sequence[RunInfo]) -> Iterator[str]:
     for info in infos:
-        batch = info.experiment["batch"]
-        steps = [s for s in info.experiment["checkpoints"] if s % batch == 0]
-        gaps = results.missing(RunDir(info.folder), steps, info.experiment["benchmarks"])
+        gaps = results.missing(info)
         if gaps:
             named = ", ".join(f"{name} at {step}" for step, name in gaps[:6]) + (", ..." if len(gaps) > 6 else "")
             yield f"\n*{info.label}: not measured yet: {named}.*"
