@@ -197,7 +197,7 @@ def test_the_digest_is_of_what_is_asked(model: EditableModel) -> None:
     def digest(task: Any, **setting: Any) -> str:
         benchmark = HarnessTask(task)
         benchmark.prepare(model, Setting(**setting))
-        return benchmark.digest()
+        return benchmark.digest(0)
 
     assert digest(CHOICE) == digest(CHOICE)
     others = [
@@ -259,7 +259,7 @@ def test_chat_models_are_asked_in_their_form(model: EditableModel) -> None:
     prompt = chatting.items[0].instances[0].args[0]
     assert prompt.startswith("[user] What does") and prompt.endswith("[assistant]") and prompt.count("[user]") == 4
     assert "[user]" not in plain.items[0].instances[0].args[0]
-    assert chatting.digest() != plain.digest()
+    assert chatting.digest(0) != plain.digest(0)
 
 
 def test_long_prompts_are_cut_and_flagged(caplog: pytest.LogCaptureFixture) -> None:
@@ -409,6 +409,15 @@ def test_missing_files_suites_and_settings_are_sentences(tmp_path: Path) -> None
         suite("worlds")
     with pytest.raises(UserError, match="wrong setting"):
         HarnessTask({"task": "mmlu", "limit": 0})
+
+
+def test_copies_of_data_sets_are_read_from_a_folder(model: EditableModel, tmp_path: Path) -> None:
+    copy = tmp_path / "data" / "somebody" / "toys"
+    copy.mkdir(parents=True)
+    task = task_file(tmp_path)
+    Path(task["dataset_kwargs"].pop("data_files")["test"]).rename(copy / "test.jsonl")
+    _, scores, _ = measured(dict(task, dataset_path="somebody/toys"), model, data_dir=str(tmp_path / "data"))
+    assert scores["acc"].n == 12
 
 
 def test_pictures_and_code_are_refused(model: EditableModel) -> None:

@@ -46,7 +46,7 @@ class HarnessTask(Benchmark):
 
     def prepare(self, model: EditableModel, setting: Setting) -> None:
         """Load the data, render the prompts, cut them into tokens."""
-        loaded = load(self.spec)
+        loaded = load(self.spec, setting.data_dir)
         limit = _least(self.spec.limit, setting.limit_items)
         engine = Engine(model)
         self.cap = _least(self.spec.max_new_tokens, setting.max_new_tokens)
@@ -60,6 +60,7 @@ class HarnessTask(Benchmark):
         self.groups = loaded.groups
         self._kept: dict[str, Encoded] = {}
         self._check_lengths(engine, chat)
+        self._digest = self._made_digest()
 
     def _check_lengths(self, engine: Engine, chat: Chat | None) -> None:
         """Warn about prompts that are cut, and raise if a question alone does not fit."""
@@ -75,8 +76,12 @@ class HarnessTask(Benchmark):
                 *(self.name, len(items), len(self.items), engine.max_length),
             )
 
-    def digest(self, step: int = 0) -> str:
-        """Identity of what is asked: every request as rendered, the decoding, and whose code judges it."""
+    def digest(self, step: int) -> str:
+        """Identity of what is asked, at any step the same."""
+        return self._digest
+
+    def _made_digest(self) -> str:
+        """Every request as rendered, the decoding, and whose code judges it."""
         tasks = {
             name: [str(task.VERSION), str(task.get_config("num_fewshot")), list(task.aggregation())]
             for name, task in self.tasks.items()

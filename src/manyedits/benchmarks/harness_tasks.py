@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,8 @@ from lm_eval import tasks as harness
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind, TaskIndex
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -87,10 +89,29 @@ def _specs(entry: str | Mapping[str, Any]) -> Iterator[TaskSpec]:
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(spec: TaskSpec) -> Loaded:
-    """The tasks with their data; whatever is wrong with them is the user's to mend."""
+class _Mirrored(TaskFactory):
+    """Makes tasks that read a data set from ``folder/OWNER/NAME`` where that exists, and from the hub otherwise."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        config: dict[str, Any] = super()._load_full_config(entry, overrides)
+        mirror = self.folder / str(config.get("dataset_path"))
+        return {**config, "dataset_path": str(mirror)} if mirror.is_dir() else config
+
+
+def load(spec: TaskSpec, data_dir: str | None = None) -> Loaded:
+    """The tasks with their data; whatever is wrong with them is the user's to mend.
+
+    ``data_dir`` may hold copies of data sets of the hub, each in a folder named like it: ``cais/mmlu``.
+    """
     with quiet():
         manager, wanted = _found(spec.task)
+        if data_dir is not None:
+            manager = copy(manager)
+            manager._factory = _Mirrored(Path(data_dir))
         try:
             found = manager.load(wanted)
         except UserError:
