@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import DynamicCache, PreTrainedModel
 
 Side = Literal["in", "out"]
@@ -119,23 +120,32 @@ class Tail:
         self.through = [_Through(block, as_tuple) for block in self.blocks[:layer]]
 
     def __call__(
-        self, hidden: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None, rows: Tensor, columns: Tensor
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache | None,
+        rows: Tensor,
+        columns: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits (n, vocabulary) at ``(rows[i], columns[i])``, given hidden states (batch, tokens, hidden).
 
-        ``mask`` covers the cached tokens and these; ``cache`` is not changed.
+        ``mask`` covers the cached tokens and these; ``cache`` is not changed. ``weights`` stand in for the model's own of
+        the same names, so that a gradient can reach them.
         """
         with ExitStack() as stack:
             stack.enter_context(self._lower_blocks_out())
             stack.enter_context(_replaced_input(self.entry, hidden))
             stack.enter_context(narrowed_head(self.hf, rows, columns))
-            out = self.hf(
-                inputs_embeds=hidden.detach(),
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=None if cache is None else shallow_copy(cache),
-                use_cache=cache is not None,
-            )
+            inputs = {
+                "inputs_embeds": hidden.detach(),
+                "attention_mask": mask,
+                "position_ids": positions,
+                "past_key_values": None if cache is None else shallow_copy(cache),
+                "use_cache": cache is not None,
+            }
+            out = functional_call(self.hf, dict(weights), (), inputs) if weights else self.hf(**inputs)
         return out.logits[0]  # type: ignore[no-any-return]
 
     @contextmanager

@@ -110,6 +110,7 @@ class Engine:
         self.max_length = max_length or context_length(model.hf.config, model.tokenizer)
         self.token_budget = token_budget or default_budget(model.hf)
         self.truncated = 0  # requests so far that did not fit and lost tokens on the left
+        self._attends = attends(model.hf)
         self._runner = Runner(model, self.max_length)
 
     @property
@@ -122,7 +123,7 @@ class Engine:
     def plan(self, asked: Iterable[Pair | tuple[Sequence[int], Sequence[int]]]) -> Plan:
         """What to run for pairs of context and continuation ids; too long contexts lose tokens on the left."""
         pairs = tuple(p if isinstance(p, Pair) else Pair(tuple(p[0]), tuple(p[1])) for p in asked)
-        whole = self._adapted()
+        whole = self._whole()
         rows: dict[tuple[Tokens, int], Row] = {}
         bounds, cuts, slot = [], [], 0
         for pair in pairs:
@@ -148,9 +149,9 @@ class Engine:
         cut = max(0, len(tokens) - (self.max_length + 1))
         return tokens[cut:-1], cut
 
-    def _adapted(self) -> bool:
-        """Whether something in the model must see rows whole: adapters other than the one for prompts."""
-        return any(site != "prompt" for site in getattr(self.model, "adapters", ()))
+    def _whole(self) -> bool:
+        """Whether rows must be run whole: for adapters other than that of prompts, and states that are no attention."""
+        return not self._attends or any(site != "prompt" for site in getattr(self.model, "adapters", ()))
 
     def _trees(self, rows: list[Row], whole: bool) -> list[Node]:
         return unshared(rows) if whole else shorten(forest(absorb(rows)), self._most_reads)
@@ -161,7 +162,7 @@ class Engine:
 
     def score(self, plan: Plan) -> list[TokenScores]:
         """Each pair's tokens, in the plan's order."""
-        if plan.whole != self._adapted():
+        if plan.whole != self._whole():
             plan = self.plan(plan.pairs)
         self.truncated += sum(cut > 0 for cut in plan.cuts)
         logprobs, hits = torch.full((plan.slots,), torch.nan), torch.zeros(plan.slots, dtype=torch.bool)
@@ -219,7 +220,7 @@ class Engine:
             logprobs = seen.logits.log_softmax(dim=-1).cpu()
             found.update({read.slot: logprobs[at] for at, read in seen.reads()})
 
-        self._walk([Placed(0, root) for root in self._trees(rows, self._adapted())], None, note)
+        self._walk([Placed(0, root) for root in self._trees(rows, self._whole())], None, note)
         return torch.stack([found[i] for i in range(len(contexts))])
 
     # --- generation -------------------------------------------------------------------------------------------------
@@ -233,6 +234,12 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], stops: Sequence[str] = (), max_new_tokens: int = 256
     ) -> list[Generated]:
         """The same for prompts as ids; those that leave no room for the answer lose tokens on the left."""
+        if not self._attends:
+            raise UserError(
+                f"{type(self.hf).__name__} keeps more than keys and values of what it read: it can be scored here, but "
+                "not asked to write.",
+                "Leave out benchmarks with generated answers.",
+            )
         room = self.max_length - max_new_tokens
         if room < 1:
             raise UserError(
@@ -259,7 +266,7 @@ class Engine:
                 said.update({read.slot: tokens for read in seen.nodes[i].reads})
 
         rows = _last_reads(prompts)
-        roots = unshared(rows) if self._adapted() else forest(rows)
+        roots = unshared(rows) if self._whole() else forest(rows)
         self._walk([Placed(0, root) for root in roots], None, speak, room=stopping.limit)
         return [said[i] for i in range(len(prompts))]
 
@@ -290,6 +297,12 @@ def _last_reads(sequences: Sequence[Tokens]) -> list[Row]:
         last = len(tokens) - 1
         rows.setdefault(tokens, Row(tokens, last)).reads.append(Read(last, -1, i))
     return list(rows.values())
+
+
+def attends(hf: PreTrainedModel) -> bool:
+    """Whether all that a model remembers of a text are keys and values, over all of it or over a sliding window."""
+    kinds = set(getattr(hf.config.get_text_config(decoder=True), "layer_types", None) or ())
+    return kinds <= {"full_attention", "sliding_attention"} and not getattr(hf, "_is_stateful", False)
 
 
 def default_budget(hf: PreTrainedModel) -> int:

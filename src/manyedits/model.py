@@ -131,8 +131,16 @@ class EditableModel:
         if name in self._masters:
             return self._masters[name]
         module, parameter = self._parameter(name)
-        value = parameter.detach().float()
-        return (value.T if is_transposed(module) else value).contiguous()
+        return turned(module, parameter.detach().float()).contiguous()
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """A weight given as (out, in), in the orientation and type in which the running model keeps it."""
+        module, parameter = self._parameter(name)
+        return turned(module, value).to(parameter.dtype)
+
+    def parameters_of(self, path: str) -> list[str]:
+        """The names of a module's own parameters: its weight, and its bias if it has one."""
+        return [f"{path}.{leaf}" for leaf, _ in self.hf.get_submodule(path).named_parameters(recurse=False)]
 
     def _parameter(self, name: str) -> tuple[nn.Module, nn.Parameter]:
         path, _, leaf = name.rpartition(".")
@@ -157,7 +165,7 @@ class EditableModel:
     def _publish(self, name: str) -> None:
         module, parameter = self._parameter(name)
         master = self._masters[name]
-        parameter.data.copy_(master.T if is_transposed(module) else master)
+        parameter.data.copy_(turned(module, master))
         self._hashes.pop(name, None)
 
     def apply(self, change: AnyChange) -> None:
@@ -192,8 +200,7 @@ class EditableModel:
         if name not in self._base:
             return self.weight(name)
         module, _ = self._parameter(name)
-        value = self._base[name].float()
-        return (value.T if is_transposed(module) else value).contiguous()
+        return turned(module, self._base[name].float()).contiguous()
 
     def restore(self, masters: Mapping[str, Tensor]) -> None:
         """Reset, then set these master copies: what a snapshot holds."""
@@ -267,6 +274,11 @@ class EditableModel:
         if name not in self._hashes:
             self._hashes[name] = tensors_digest({name: master})
         return self._hashes[name]
+
+
+def turned(module: nn.Module, value: Tensor) -> Tensor:
+    """A weight from the orientation a module keeps to (out, in), or back; biases stay as they are."""
+    return value.T if value.dim() == 2 and is_transposed(module) else value
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

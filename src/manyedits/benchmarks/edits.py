@@ -1,11 +1,14 @@
 """Did the edits take, are they still there, and what did they disturb next to them.
 
 At every checkpoint *every earlier edit* is asked again, so that forgetting is seen and not only success at the moment of
-editing. At step 0 all requests of the run are asked, as the baseline. Figures come in two forms that are often mixed up
-and are named apart here:
+editing. At step 0 all requests of the run are asked, as the baseline. Figures come in forms that are often mixed up and
+are named apart here:
 
-* by probability: which of two answers is likelier, as mean log-probability per token (ROME and MEMIT);
-* by argmax: whether every token of the answer is the likeliest one, the answer's earlier tokens given (EasyEdit).
+* by probability (``efficacy``): which of two answers is likelier, as mean log-probability per token (ROME and MEMIT);
+  ``_difference`` is the difference of the two, as probabilities;
+* by argmax (``efficacy_argmax``): whether every token of the answer is the likeliest, earlier ones given (EasyEdit);
+* by generation (``efficacy_said``, ``efficacy_contained``): what the model says by itself begins with the answer, or
+  holds it.
 
 Neighbourhood is reported in both published forms: the true answer likelier than the new one (MEMIT), and the answer
 equal to the unedited model's own (EasyEdit).
@@ -18,21 +21,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from manyedits.benchmarks.base import Benchmark, Sample, Setting, content_digest
+from manyedits.benchmarks.text import contained, exact, ngram_entropy
 from manyedits.data import Request
-from manyedits.lm import Engine, TokenScores
 from manyedits.encoding import Pair
+from manyedits.lm import Engine, Generated, TokenScores
 from manyedits.model import EditableModel
 
 #: How many tokens of the unedited model's own answer a neighbour must keep.
-ANSWER_TOKENS = 3
+OWN_TOKENS = 3
+#: How many tokens more than the answer has are generated before it is looked for.
+SPARE_TOKENS = 8
+#: Free texts: their length in tokens, and of how many requests, spread over the sequence.
+FREE_TOKENS, FREE_REQUESTS = 40, 30
+
+Judgement = tuple[int, str, float | None]  # request, metric, value
 
 
 @dataclass(frozen=True)
 class _Question:
-    """One prompt about one request: answers to score, and how they become a judgement.
-
-    ``wanted`` should be likelier than ``other``; ``other`` is None where the request names no old answer.
-    """
+    """One prompt about one request: ``wanted`` should be likelier than ``other``, where the request names another."""
 
     request: int
     metric: str
@@ -41,15 +48,15 @@ class _Question:
 
 
 class Edits(Benchmark):
-    """Efficacy, paraphrase and neighbourhood of every earlier edit."""
+    """Efficacy, paraphrase, neighbourhood, attributes and fluency of every earlier edit."""
 
     name = "edits"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def prepare(self, model: EditableModel, setting: Setting) -> None:
         self.requests = setting.requests
-        self.engine = Engine(model)
-        encoder = self.engine.encoder
+        engine = Engine(model)
+        encoder = engine.encoder
         self.questions = [
             _Question(
                 i,
@@ -60,32 +67,55 @@ class Edits(Benchmark):
             for i, request in enumerate(self.requests)
             for metric, prompt, wanted, other in _asked(request)
         ]
-        self.own = self._own_answers()
+        self.own = self._own_answers(engine)
 
-    def _own_answers(self) -> list[tuple[int, Pair]]:
+    def _own_answers(self, engine: Engine) -> list[tuple[int, Pair]]:
         """What the unedited model says after each neighbour's prompt, as a continuation to find again."""
-        prompts = [(q.request, q.wanted.context) for q in self.questions if q.metric == "neighbourhood"]
-        said = self.engine.generate_tokens([context for _, context in prompts], max_new_tokens=ANSWER_TOKENS)
+        asked = [(q.request, q.wanted.context) for q in self.questions if q.metric == "neighbourhood"]
+        said = engine.generate_tokens([context for _, context in asked], max_new_tokens=OWN_TOKENS)
         return [
             (owner, Pair(context, answer.tokens, bool(answer.tokens)))
-            for (owner, context), answer in zip(prompts, said, strict=True)
+            for (owner, context), answer in zip(asked, said, strict=True)
         ]
 
     def digest(self, step: int) -> str:
-        asked = self.requests[: step or len(self.requests)]
-        return content_digest([self.name, self.version, ANSWER_TOKENS, [request.content() for request in asked]])
+        asked = [request.content() for request in self.requests[: step or len(self.requests)]]
+        return content_digest([self.name, self.version, OWN_TOKENS, SPARE_TOKENS, FREE_TOKENS, FREE_REQUESTS, asked])
 
     def run(self, model: EditableModel, step: int) -> list[Sample]:
-        until = step or len(self.requests)
+        until, engine = step or len(self.requests), Engine(model)
+        judged = [*self._likelihoods(engine, until), *self._answers(engine, until)]
+        return [*self._by_request(judged), *self._free_texts(engine, until)]
+
+    def _likelihoods(self, engine: Engine, until: int) -> Iterator[Judgement]:
         asked = [q for q in self.questions if q.request < until]
         own = [(owner, pair) for owner, pair in self.own if owner < until]
         pairs = [p for q in asked for p in (q.wanted, q.other) if p is not None] + [pair for _, pair in own]
-        scores = iter(self.engine.token_scores(pairs))
-        judged = [judgement for q in asked for judgement in _judge(q, scores)]
-        judged += [(owner, "neighbourhood_own", float(next(scores).hits.all())) for owner, _ in own]
-        return self._by_request(judged)
+        scores = iter(engine.token_scores(_again(engine, pairs)))
+        for question in asked:
+            yield from _judge(question, scores)
+        for (owner, _), found in zip(own, scores, strict=True):
+            yield owner, "neighbourhood_own", _all_hit(found)
 
-    def _by_request(self, judged: Sequence[tuple[int, str, float | None]]) -> list[Sample]:
+    def _answers(self, engine: Engine, until: int) -> Iterator[Judgement]:
+        """What the model says by itself after the prompts of the fact and of its paraphrases."""
+        asked = [q for q in self.questions if q.request < until and q.metric in ("efficacy", "paraphrase")]
+        limit = max(len(q.wanted.continuation) for q in asked) + SPARE_TOKENS
+        said = engine.generate_tokens([q.wanted.context for q in asked], max_new_tokens=limit)
+        for question, answer in zip(asked, said, strict=True):
+            target = self.requests[question.request].target
+            yield question.request, f"{question.metric}_said", float(exact(answer.text, target))
+            yield question.request, f"{question.metric}_contained", float(contained(answer.text, target))
+
+    def _free_texts(self, engine: Engine, until: int) -> list[Sample]:
+        """Entropy of what the model writes about subjects of edits spread over the sequence."""
+        able = [i for i in range(until) if self.requests[i].generation]
+        chosen = [able[i * len(able) // FREE_REQUESTS] for i in range(FREE_REQUESTS)] if len(able) > FREE_REQUESTS else able
+        prompts = [engine.encoder.prompt(self.requests[i].generation[0]) for i in chosen]
+        texts = engine.generate_tokens(prompts, max_new_tokens=FREE_TOKENS)
+        return [_entropy_sample(self.requests[i], i, text) for i, text in zip(chosen, texts, strict=True)]
+
+    def _by_request(self, judged: Sequence[Judgement]) -> list[Sample]:
         """One sample per request and metric: the mean over its prompts, as the papers average."""
         gathered: dict[tuple[int, str], list[float | None]] = {}
         for owner, metric, value in judged:
@@ -96,6 +126,16 @@ class Edits(Benchmark):
         ]
 
 
+def _again(engine: Engine, pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs with the context that a prompt method makes of it, where there is one."""
+    adapter = engine.encoder.prompt_adapter
+    if adapter is None:
+        return list(pairs)
+    return [
+        pair._replace(context=engine.encoder.prompt(engine.encoder.decoded(list(pair.context)))) for pair in pairs
+    ]
+
+
 def _asked(request: Request) -> Iterator[tuple[str, str, str, str | None]]:
     """Metric, prompt, the answer that should be likelier, the other one."""
     yield "efficacy", request.text, request.target, request.old_target
@@ -103,16 +143,44 @@ def _asked(request: Request) -> Iterator[tuple[str, str, str, str | None]]:
         yield "paraphrase", prompt, request.target, request.old_target
     for probe in request.neighbours:
         yield "neighbourhood", probe.prompt, probe.target, request.target
+    for probe in request.attributes:
+        yield "attribute", probe.prompt, probe.target, request.old_target
+    for probe in request.portability:
+        yield "portability", probe.prompt, probe.target, None
 
 
-def _judge(question: _Question, scores: Iterator[TokenScores]) -> Iterator[tuple[int, str, float | None]]:
+def _judge(question: _Question, scores: Iterator[TokenScores]) -> Iterator[Judgement]:
     wanted = next(scores)
-    yield question.request, f"{question.metric}_argmax", float(wanted.hits.all())
-    better = None
-    if question.other is not None:
-        gap = float(wanted.logprobs.double().mean() - next(scores).logprobs.double().mean())
-        better = None if gap != gap else float(gap > 0)
-    yield question.request, question.metric, better
+    yield question.request, f"{question.metric}_argmax", _all_hit(wanted)
+    if question.other is None:
+        yield question.request, question.metric, None
+        return
+    likely, other = _per_token(wanted), _per_token(next(scores))
+    known = likely is not None and other is not None
+    yield question.request, question.metric, float(likely > other) if known else None  # type: ignore[operator]
+    yield question.request, f"{question.metric}_difference", _exp(likely) - _exp(other) if known else None
+
+
+def _all_hit(scores: TokenScores) -> float | None:
+    """Whether every token is the likeliest; None where the model gave no numbers."""
+    return float(scores.hits.all()) if bool(scores.logprobs.isfinite().all()) else None
+
+
+def _per_token(scores: TokenScores) -> float | None:
+    mean = float(scores.logprobs.double().mean())
+    return mean if mean == mean else None
+
+
+def _exp(value: float | None) -> float:
+    from math import exp
+
+    return exp(value or 0.0)
+
+
+def _entropy_sample(request: Request, place: int, said: Generated) -> Sample:
+    flags = () if said.text.strip() else ("empty",)
+    detail = {"place": place + 1, "prompt": request.generation[0], "text": said.text}
+    return Sample(request.id, "ngram_entropy", ngram_entropy(said.text), flags, detail)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -20,7 +20,7 @@ from manyedits.benchmarks.harness_items import Chat, check_fits, drawn, rendered
 from manyedits.benchmarks.harness_lm import EngineLM
 from manyedits.benchmarks.harness_requests import Answer, Encoded, Pairs, Prompts
 from manyedits.benchmarks.harness_samples import samples_of, scores_of
-from manyedits.benchmarks.harness_tasks import TaskSpec, load, quiet, root_of, set_shots, spec_of, suite
+from manyedits.benchmarks.harness_tasks import TaskSpec, check, load, quiet, root_of, set_shots, spec_of, suite
 from manyedits.lm import Engine
 from manyedits.model import EditableModel
 
@@ -30,8 +30,13 @@ SUITE = "suite:"
 
 
 def harness_benchmarks(name: str) -> list[HarnessTask]:
-    """The benchmarks that an experiment's entry stands for: ``suite:NAME``, or any task or group of the harness."""
+    """The benchmarks that an experiment's entry stands for: ``suite:NAME``, or any task or group of the harness.
+
+    Raises ``UserError`` for a name that is none, without reading any data.
+    """
     specs = suite(name.removeprefix(SUITE)) if name.startswith(SUITE) else [spec_of(name)]
+    for spec in specs:
+        check(spec)
     return [HarnessTask(spec) for spec in specs]
 
 

@@ -31,7 +31,7 @@ class Encoded(Protocol):
         """By the identity of the instance."""
 
     def too_long(self, context: int) -> list[tuple[int, int]]:
-        """Identity, and length of the answer, of those that do not fit."""
+        """Identity of those that do not fit, and how much of the context their answer takes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Pairs:
     def too_long(self, context: int) -> list[tuple[int, int]]:
         """Those whose context loses tokens."""
         cut = zip(self.owners, self.plan.pairs, self.plan.cuts, strict=True)
-        return [(owner, len(pair.continuation)) for owner, pair, lost in cut if lost]
+        return [(owner, len(pair.continuation) - 1) for owner, pair, lost in cut if lost]  # the last is never read
 
 
 def _pairs(engine: Engine, instance: Instance) -> list[Pair]:

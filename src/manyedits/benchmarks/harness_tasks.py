@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from lm_eval import tasks as harness
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -25,6 +26,7 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from manyedits.benchmarks import BENCHMARKS
 from manyedits.errors import UserError
 from manyedits.registry import near_miss
 
@@ -158,8 +160,8 @@ def _manager(task: str) -> TaskManager:
     everything = _everything()
     if task not in everything.task_index:
         raise UserError(
-            f"There is no task `{task}` in lm-evaluation-harness.{near_miss(task, everything.all_tasks)}",
-            "Give a task's or group's name, or the path of a YAML file.",
+            f"There is no benchmark `{task}`.{near_miss(task, [*BENCHMARKS.names(), *everything.all_tasks])}",
+            "Give the name of a task or group of lm-evaluation-harness, the path of a YAML file, or `suite:NAME`.",
         )
     return everything
 
@@ -272,14 +274,17 @@ def set_shots(loaded: Loaded, num_fewshot: int | None, seed: int) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The harness warns about most of what it does; while inside, only its errors are shown."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The harness warns about most of what it does, and data sets draw bars; while inside, only errors are shown."""
+    harness_logger = logging.getLogger("lm_eval")
+    level, without_bars = harness_logger.level, are_progress_bars_disabled()
+    harness_logger.setLevel(logging.ERROR)
+    disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        harness_logger.setLevel(level)
+        if not without_bars:
+            enable_progress_bars()
 
 
 def spec_of(task: str | Mapping[str, Any]) -> TaskSpec:

@@ -9,6 +9,8 @@ METHODS = Registry(
     {
         "rome": "manyedits.methods.rome:Rome",
         "memit": "manyedits.methods.memit:Memit",
+        "ft-l": "manyedits.methods.ft:FtL",
+        "ft-m": "manyedits.methods.ft:FtM",
     },
     "manyedits.methods",
 )
