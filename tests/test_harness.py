@@ -376,8 +376,10 @@ def test_known_folders_are_looked_into_first(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unknown_task_is_told_its_neighbour() -> None:
-    with pytest.raises(UserError, match=r"no task `mmlu_anatomie`.*mmlu_anatomy"):
-        check(TaskSpec(task="mmlu_anatomie"))
+    with pytest.raises(UserError, match=r"no benchmark `mmlu_anatomie`.*mmlu_anatomy"):
+        harness_benchmarks("mmlu_anatomie")
+    with pytest.raises(UserError, match=r"no benchmark `edit`.*edits"):
+        harness_benchmarks("edit")
     check(TaskSpec(task="boolq"))  # stands in a folder of another name
 
 

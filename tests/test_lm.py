@@ -352,3 +352,16 @@ def quiet() -> Iterator[None]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     yield
     logging.getLogger("lm_eval").setLevel(logging.NOTSET)
+
+
+def test_a_model_with_another_state_is_scored_but_does_not_write() -> None:
+    model = tiny.model("llama")
+    wanted = Engine(model).loglikelihood_texts(choices())
+    model.hf.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    watch = Watch(model.hf)
+    engine = Engine(model)
+    ours = engine.loglikelihood_texts(choices())
+    assert [v for v, _ in ours] == pytest.approx([v for v, _ in wanted], abs=CLOSE)
+    assert min(columns for _, columns in watch.shapes) > 30  # every row from its beginning
+    with pytest.raises(UserError, match="not asked to write"):
+        engine.generate(["Anna"])
