@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tiny
-
 from manyedits.artifacts import Artifacts
 from manyedits.data.corpus import Corpus
 from manyedits.methods import METHODS

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from manyedits import arch
 from manyedits.arch import ARCHS
 from manyedits.errors import UserError

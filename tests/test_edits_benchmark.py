@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from manyedits.benchmarks.base import Setting
 from manyedits.benchmarks.edits import Edits
 from manyedits.benchmarks.text import contained, exact, ngram_entropy, repetition

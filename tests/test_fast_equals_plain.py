@@ -172,3 +172,18 @@ def test_rank_one() -> None:
     draw = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     direction, key, target, output = draw
     assert relative_error(rank_one(direction, key, target, output), rome_v(target, output, key, direction)) <= EXACT
+
+
+@kinds
+def test_the_recorder_keeps_the_steps_of_requests_that_leave(kind: str) -> None:
+    """A row per request, NaN from where it left: what a comparison with recordings reads."""
+    model = tiny.model(kind)
+    free = plain(model, NAMES[kind], 1, "mlp", ValueParams(steps=20, step_size=0.1, stop_below=0.0))
+    level = float(torch.stack([search.losses[8, 0] for search in free]).median())
+    params, recorder = ValueParams(steps=20, step_size=0.1, stop_below=level), Recorder()
+    theirs = plain(model, NAMES[kind], 1, "mlp", params)
+    assert len({len(search.delta_steps) for search in theirs}) > 1
+    fast(model, 1, "mlp", params, recorder)
+    for steps, search in zip(recorder.tensors["delta_steps"], theirs, strict=True):
+        made = int((~steps[:, 0].isnan()).sum())
+        assert relative_error(steps[:made], search.delta_steps) <= CLOSE

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformers import DynamicCache
 
+import tiny
 from manyedits.hooks import Tail, capture, output_of, select_cache
 
 TEXTS = ["The mother tongue of Anna Velmora is Dutch", "She opened the window.", "It is a city with many parks"]

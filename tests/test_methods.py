@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import contract
 import pytest
-import tiny
 import torch
 
+import contract
+import tiny
 from manyedits.changes import from_tensors, to_tensors
 from manyedits.data import Request
 from manyedits.lm import Engine

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from manyedits.changes import Dense, LowRank, Remember, Slices, from_tensors, size, to_tensors
 from manyedits.errors import UserError
 from manyedits.model import EditableModel

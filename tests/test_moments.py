@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import contract
 import pytest
-import tiny
 import torch
 
+import contract
+import tiny
 from manyedits.artifacts import Artifacts
 from manyedits.data.corpus import Corpus
 from manyedits.errors import UserError

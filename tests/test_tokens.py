@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from manyedits.data import Request
 from manyedits.errors import UserError
 from manyedits.tokens import encode, fact_rows, join, locate, lookup_rows, pad, subject_rows, target_columns

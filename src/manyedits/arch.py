@@ -111,13 +111,13 @@ def is_transposed(module: nn.Module) -> bool:
 
 def out_features(module: nn.Module) -> int:
     """How many features a linear module gives."""
-    shape = module.weight.shape
+    shape = module.get_parameter("weight").shape
     return int(shape[1] if is_transposed(module) else shape[0])
 
 
 def in_features(module: nn.Module) -> int:
     """How many features a linear module takes."""
-    shape = module.weight.shape
+    shape = module.get_parameter("weight").shape
     return int(shape[0] if is_transposed(module) else shape[1])
 
 

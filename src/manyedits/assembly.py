@@ -31,7 +31,9 @@ def cell_of(run: RunDir) -> Experiment:
     try:
         return Experiment(**rundir.read_json(run.resolved)["experiment"])
     except (KeyError, TypeError, ValidationError):
-        raise UserError(f"{run.resolved} was altered or written by another version.", "Restore it from a copy.") from None
+        raise UserError(
+            f"{run.resolved} was altered or written by another version.", "Restore it from a copy."
+        ) from None
 
 
 def requests_of(cell: Experiment) -> list[Request]:

@@ -64,7 +64,10 @@ class Rows:
         width = int(lengths.max())
         places = list(zip(index, lengths.tolist(), ends.tolist(), strict=True))
         cache = DynamicCache()
-        cache.layers = [RoomyLayer(*(_moved(t, places, width, room) for t in layer), width) for layer in self.layers]
+        cache.layers = [
+            RoomyLayer(_moved(keys, places, width, room), _moved(values, places, width, room), width)
+            for keys, values in self.layers
+        ]
         return cache, lengths
 
 
@@ -82,7 +85,7 @@ class Step(NamedTuple):
     """One forward pass: what each row goes on with, from which row of the parent, and which tokens' logits are read."""
 
     segments: Sequence[Tokens]
-    index: Sequence[int]
+    index: Sequence[int]  # type: ignore[assignment]  # a field, and not the method of tuples
     reads: Sequence[tuple[int, int]]  # (row, column)
     prompt_ends: Sequence[int]  # column of each row's last prompt token; negative: it lies before this pass
 

@@ -90,7 +90,10 @@ def _suits(cell: Experiment, method: EditMethod, config: dict[str, Any]) -> Iter
     """What a method cannot do with this model, this batch or these statistics."""
     name, kind = cell.method.name, config.get("model_type")
     if method.batch is not None and cell.batch > method.batch:
-        yield UserError(f"`{name}` takes {method.batch} request at a time, `batch` is {cell.batch}.", f"Set `batch: {method.batch}`.")
+        yield UserError(
+            f"`{name}` takes {method.batch} request at a time, `batch` is {cell.batch}.",
+            f"Set `batch: {method.batch}`.",
+        )
     if Need.STATISTICS in method.requires() and cell.statistics is None:
         yield UserError(f"`{name}` needs a text to gather second moments over.", "Set `statistics: {corpus: FILE}`.")
     if kind in ARCHS and ARCHS[kind].norm_after_mlp and Need.ADDITIVE_MLP in method.needs:
@@ -101,7 +104,9 @@ def _suits(cell: Experiment, method: EditMethod, config: dict[str, Any]) -> Iter
     if cell.method.preset is not None and kind is not None:
         wanted = preset(name, cell.method.preset)["architecture"]
         if wanted not in ("any", kind):
-            yield UserError(f"The preset `{cell.method.preset}` is for {wanted}, the model is {kind}.", "Choose another preset.")
+            yield UserError(
+                f"The preset `{cell.method.preset}` is for {wanted}, the model is {kind}.", "Choose another preset."
+            )
     yield from _layers(method, config, name)
 
 

@@ -81,7 +81,9 @@ class Experiment(Part):
     threads: Positive = Field(1, description="Threads of editing and scoring on the CPU. Count.")
     conflicts: Literal["refuse", "keep", "last"] = Field("refuse", description="What becomes of conflicting requests.")
     chat: Literal["auto", "off"] = Field("auto", description="Whether instruct models are asked in their chat form.")
-    statistics: StatisticsSpec | None = Field(None, description="The text for second moments, if the method needs them.")
+    statistics: StatisticsSpec | None = Field(
+        None, description="The text for second moments, if the method needs them."
+    )
     limit_items: Positive | None = Field(None, description="The most items of a task. Count.")
     max_new_tokens: Positive | None = Field(None, description="The longest generated answer. Tokens.")
 
@@ -284,11 +286,16 @@ def _as_user_error(found: Mapping[str, Any], path: Path) -> UserError:
         parts: dict[str, type[Part]] = {"data": DataSpec, "method": MethodSpec, "statistics": StatisticsSpec}
         known = parts.get(str(found["loc"][0]), Experiment) if len(found["loc"]) > 1 else Experiment
         names = list(known.model_fields)
-        return UserError(f"{path}: there is no key `{place}`.{near_miss(str(found['loc'][-1]), names)}", f"Known: {', '.join(names)}.")
+        return UserError(
+            f"{path}: there is no key `{place}`.{near_miss(str(found['loc'][-1]), names)}",
+            f"Known: {', '.join(names)}.",
+        )
     if found["type"] == "missing":
         return UserError(f"{path}: the key `{place}` is missing.", "Every experiment needs it.")
     message = str(found["msg"]).removeprefix("Value error, ")
-    return UserError(f"{path}: `{place}` is {_shown(found.get('input'))}: {message[:1].lower()}{message[1:]}.", "Correct it.")
+    return UserError(
+        f"{path}: `{place}` is {_shown(found.get('input'))}: {message[:1].lower()}{message[1:]}.", "Correct it."
+    )
 
 
 def _shown(value: Any) -> str:
@@ -296,7 +303,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def validate_params(params: type[BaseModel], values: Mapping[str, Any], owner: str) -> tuple[BaseModel | None, list[UserError]]:
+def validate_params(
+    params: type[BaseModel], values: Mapping[str, Any], owner: str
+) -> tuple[BaseModel | None, list[UserError]]:
     """Parameters of a method, or everything that is wrong with them."""
     try:
         return params(**values), []
@@ -311,9 +320,12 @@ def _param_error(params: type[BaseModel], found: Mapping[str, Any], owner: str) 
     if found["type"] == "extra_forbidden":
         level: Any = params
         for name in found["loc"][:-1]:
-            level = getattr(level.model_fields.get(name), "annotation", level) if hasattr(level, "model_fields") else level
+            level = (
+                getattr(level.model_fields.get(name), "annotation", level) if hasattr(level, "model_fields") else level
+            )
         names = list(getattr(level, "model_fields", params.model_fields))
         return UserError(
-            f"Method `{owner}` has no parameter `{place}`.{near_miss(str(found['loc'][-1]), names)}", f"Known: {', '.join(names)}."
+            f"Method `{owner}` has no parameter `{place}`.{near_miss(str(found['loc'][-1]), names)}",
+            f"Known: {', '.join(names)}.",
         )
     return UserError(f"Method `{owner}`: `{place}` is {_shown(found.get('input'))}: {found['msg']}.", "Correct it.")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,11 +70,10 @@ def capture(
 
     with ExitStack() as stack, torch.no_grad():
         for path, side in wanted.items():
-            stack.enter_context(_watching(hf.get_submodule(path), side, lambda t, path=path: keep(path, t)))
-        try:
+            stack.enter_context(_watching(hf.get_submodule(path), side, partial(keep, path)))
+        # A pass that is cut short is not an error: all that was wanted has been seen.
+        with suppress(_Enough):
             hf(**batch, use_cache=False, logits_to_keep=1)
-        except _Enough:
-            pass  # the pass was cut short on purpose: all that was wanted is in `seen`
     return seen
 
 

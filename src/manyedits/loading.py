@@ -99,7 +99,7 @@ def _open(file: Path) -> Any:
 
 def fingerprint_of(folder: Path) -> str:
     """sha256 over the tensors of a checkpoint: name, type, shape and bytes, in the order of the names."""
-    where = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _open(file).keys()}
+    where = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _open(file).keys()}  # noqa: SIM118  (no mapping)
     total = hashlib.sha256()
     for name in sorted(where):
         with _open(where[name]) as file:
@@ -127,7 +127,9 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no usable tokenizer: {_first_line(error)}", "Add its tokenizer.json.") from None
+        raise UserError(
+            f"{folder} holds no usable tokenizer: {_first_line(error)}", "Add its tokenizer.json."
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer in {folder} gives no character offsets.", "Add its tokenizer.json.")
     return tokenizer  # type: ignore[no-any-return]
@@ -180,6 +182,8 @@ def random_model(spec: dict[str, Any], dtype: str, device: str, attention: str) 
             torch.manual_seed(seed)
             hf = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"No random model `{kind}`: {_first_line(error)}", "Check the keys against its config.") from None
+        raise UserError(
+            f"No random model `{kind}`: {_first_line(error)}", "Check the keys against its config."
+        ) from None
     fingerprint = tensors_digest(hf.state_dict())
     return EditableModel(hf.to(device=device, dtype=getattr(torch, dtype)), tokenizer, fingerprint)

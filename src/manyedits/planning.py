@@ -93,7 +93,9 @@ def as_text(plan: Mapping[str, Any]) -> str:
     lines = [f"{len(plan['cells'])} run(s) into {plan['out']}"]
     for cell in plan["cells"]:
         lines.append(f"\n{cell['method']} on {cell['model']}")
-        lines.append(f"  {cell['requests']} requests in {cell['edits']} edits; measured at {_list(cell['checkpoints'])}")
+        lines.append(
+            f"  {cell['requests']} requests in {cell['edits']} edits; measured at {_list(cell['checkpoints'])}"
+        )
         if cell["not_measured"]:
             lines.append(f"  not measured, no multiple of the batch or past the data: {_list(cell['not_measured'])}")
         lines.append(f"  benchmarks: {_list(cell['benchmarks'])}")

@@ -64,7 +64,9 @@ def run_info(folder: Path) -> RunInfo:
     """What a run directory says of itself. Raises ``UserError`` when it is none."""
     run = RunDir(folder)
     if not run.resolved.is_file():
-        raise UserError(f"{folder} is no run directory: it has no resolved.json.", "Name a folder that `manyedits run` wrote.")
+        raise UserError(
+            f"{folder} is no run directory: it has no resolved.json.", "Name a folder that `manyedits run` wrote."
+        )
     resolved = read_json(run.resolved)
     lines = read_lines(run.journal)
     made_by = read_json(run.provenance) if run.provenance.is_file() else {}

@@ -79,7 +79,9 @@ def _remove(path: Path) -> None:
 def refused(path: Path, error: OSError) -> UserError:
     """What a refused write means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"The disk is full: {path} could not be written.", "Free some space and run the same command again.")
+        return UserError(
+            f"The disk is full: {path} could not be written.", "Free some space and run the same command again."
+        )
     return UserError(
         f"{path} cannot be written: {error.strerror or error}.",
         "Choose another folder with `--out`, or correct its permissions; the run goes on from where it stands.",
@@ -113,7 +115,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            raise UserError(f"{path}, line {number}: not JSON.", "The line was altered; restore it from a copy.") from None
+            raise UserError(
+                f"{path}, line {number}: not JSON.", "The line was altered; restore it from a copy."
+            ) from None
     return rows
 
 
@@ -203,7 +207,8 @@ class RunDir:
             lock.acquire()
         except Timeout:
             raise UserError(
-                f"{self.root} is being edited by another process now.", "Wait for it, or run into another folder (`--out`)."
+                f"{self.root} is being edited by another process now.",
+                "Wait for it, or run into another folder (`--out`).",
             ) from None
         except OSError as error:
             raise refused(self.root, error) from error

@@ -253,7 +253,9 @@ class Trajectory:
         self.model.memory.extend(request_from_dict(row) for row in json.loads(facts["memory"]))
         self.method.recall(Edit((), _below("state.", tensors)))
         if self.model.digest() != line.digest:
-            raise ReplayError(f"{path} (step {step}) is not the state that was journaled.", "Delete it; it is made again.")
+            raise ReplayError(
+                f"{path} (step {step}) is not the state that was journaled.", "Delete it; it is made again."
+            )
         self.position = step
 
 

@@ -59,7 +59,7 @@ class Benchmark(ABC):
     name: str
     version: ClassVar[int] = 1
 
-    def prepare(self, model: EditableModel, setting: Setting) -> None:
+    def prepare(self, model: EditableModel, setting: Setting) -> None:  # noqa: B027  (a default, not a gap)
         """Read, render and tokenise, once per run, on the unedited model."""
 
     @abstractmethod

@@ -110,7 +110,9 @@ class Edits(Benchmark):
     def _free_texts(self, engine: Engine, until: int) -> list[Sample]:
         """Entropy of what the model writes about subjects of edits spread over the sequence."""
         able = [i for i in range(until) if self.requests[i].generation]
-        chosen = [able[i * len(able) // FREE_REQUESTS] for i in range(FREE_REQUESTS)] if len(able) > FREE_REQUESTS else able
+        chosen = (
+            [able[i * len(able) // FREE_REQUESTS] for i in range(FREE_REQUESTS)] if len(able) > FREE_REQUESTS else able
+        )
         prompts = [engine.encoder.prompt(self.requests[i].generation[0]) for i in chosen]
         texts = engine.generate_tokens(prompts, max_new_tokens=FREE_TOKENS)
         return [_entropy_sample(self.requests[i], i, text) for i, text in zip(chosen, texts, strict=True)]
@@ -131,9 +133,7 @@ def _again(engine: Engine, pairs: Sequence[Pair]) -> list[Pair]:
     adapter = engine.encoder.prompt_adapter
     if adapter is None:
         return list(pairs)
-    return [
-        pair._replace(context=engine.encoder.prompt(engine.encoder.decoded(list(pair.context)))) for pair in pairs
-    ]
+    return [pair._replace(context=engine.encoder.prompt(engine.encoder.decoded(list(pair.context)))) for pair in pairs]
 
 
 def _asked(request: Request) -> Iterator[tuple[str, str, str, str | None]]:

@@ -17,7 +17,9 @@ def own(where: str, record: dict[str, Any]) -> Request:
     """One record; an unknown field is refused with the near miss."""
     for name in record:
         if name not in NAMES:
-            raise UserError(f"{where}: there is no field `{name}`.{near_miss(name, NAMES)}", f"Known: {', '.join(NAMES)}.")
+            raise UserError(
+                f"{where}: there is no field `{name}`.{near_miss(name, NAMES)}", f"Known: {', '.join(NAMES)}."
+            )
     return Request(
         id=str(record.get("id", where.rsplit(" ", 1)[-1])),
         subject=text_field(where, record, "subject"),
@@ -48,5 +50,7 @@ def _span(where: str, record: dict[str, Any]) -> tuple[int, int] | None:
 def _probes(where: str, record: dict[str, Any], name: str) -> tuple[Probe, ...]:
     value = record.get(name) or []
     if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-        raise UserError(f"{where}: the field `{name}` is not a list of prompts with targets.", 'Give [{"prompt", "target"}].')
+        raise UserError(
+            f"{where}: the field `{name}` is not a list of prompts with targets.", 'Give [{"prompt", "target"}].'
+        )
     return tuple(Probe(text_field(where, v, "prompt"), text_field(where, v, "target").strip()) for v in value)

@@ -100,5 +100,7 @@ def texts_field(where: str, record: dict[str, Any], name: str) -> tuple[str, ...
     value = record.get(name) or []
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise UserError(f"{where}: the field `{name}` is {_short(value)}, not a list of texts.", "Give a list of texts.")
+        raise UserError(
+            f"{where}: the field `{name}` is {_short(value)}, not a list of texts.", "Give a list of texts."
+        )
     return tuple(value)

@@ -32,7 +32,12 @@ MOST_MISTAKES = 10
 
 
 def load_requests(
-    name: str, path: Path, seed: int = 0, limit: int | None = None, order: str = "seeded", conflicts: Conflicts = "refuse"
+    name: str,
+    path: Path,
+    seed: int = 0,
+    limit: int | None = None,
+    order: str = "seeded",
+    conflicts: Conflicts = "refuse",
 ) -> list[Request]:
     """Requests of a file: read, checked, freed of duplicates and conflicts, in the seeded order, the first ``limit``.
 

@@ -87,7 +87,9 @@ class Edit:
     """The changes that would make a model hold some requests."""
 
     changes: tuple[AnyChange, ...]
-    state: Mapping[str, Tensor] = field(default_factory=dict)  # what the method must remember across edits; folded in by recall()
+    state: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # what the method must remember across edits; folded in by recall()
     info: Mapping[str, float] = field(default_factory=dict)  # losses, norms: for readers, never read back by code
 
 

@@ -17,9 +17,7 @@ OPENINGS = ("The", "Therefore", "Because", "I", "You")
 TOP_K = 5
 
 
-def context_groups(
-    model: EditableModel, params: ContextParams, supplies: Supplies
-) -> tuple[tuple[str, ...], ...]:
+def context_groups(model: EditableModel, params: ContextParams, supplies: Supplies) -> tuple[tuple[str, ...], ...]:
     """Templates by type, the bare "{}" first; each other type is one entry of ``params.lengths``."""
     if params.texts is not None:
         return params.texts

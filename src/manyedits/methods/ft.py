@@ -41,7 +41,8 @@ class FtParams(MethodParams):
     weight_decay: float = Field(0.0, ge=0, description="Adam's L2 term. Ratio.")
     constraint: float | None = Field(5e-4, gt=0, description="Largest change of an entry; null for none. Absolute.")
     objective: Literal["prompt_last", "target_new"] = Field(
-        "prompt_last", description="Where target tokens are scored: at the prompt's last position, or where they belong."
+        "prompt_last",
+        description="Where target tokens are scored: at the prompt's last position, or where they belong.",
     )
     chunk: int = Field(64, ge=1, description="Requests per optimiser step. Count.")
     stop_below: float = Field(0.01, ge=0, description="Steps end once the mean loss is below this. Nats.")

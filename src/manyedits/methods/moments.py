@@ -70,9 +70,7 @@ def _length(model: EditableModel, params: MomentParams) -> int:
 class _Gathering:
     """One pass over a corpus."""
 
-    def __init__(
-        self, model: EditableModel, paths: Sequence[str], params: MomentParams, supplies: Supplies
-    ) -> None:
+    def __init__(self, model: EditableModel, paths: Sequence[str], params: MomentParams, supplies: Supplies) -> None:
         self.model, self.paths, self.params, self.supplies = model, list(paths), params, supplies
         self.sums: dict[str, Tensor] = {}
         self.halves: dict[str, Tensor] = {}  # (2, features, directions): the sketch of even and of odd passes

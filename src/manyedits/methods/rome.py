@@ -76,9 +76,7 @@ class Rome(EditMethod):
         which = self.params.value.fact_token
         seen = keys_and_outputs(model, [request], self.contexts, which, {f"{site}": "in"})[site][0]
         direction = self.memory.solve(seen.mean(dim=0)[:, None])[:, 0]
-        values = find_values(
-            model, [request], self.params.layer, site, self.contexts, self.params.value, self.recorder
-        )
+        values = find_values(model, [request], self.params.layer, site, self.contexts, self.params.value, self.recorder)
         left, right = self._factors(direction, seen[0], values.target[0], values.initial[0])
         self._note(seen, values.initial[0], values.target[0], values.losses, left, right)
         change = LowRank(f"{site}.weight", left[:, None].float(), right[:, None].float())
@@ -90,9 +88,7 @@ class Rome(EditMethod):
         right = direction / direction.norm()
         return rank_one(right, key, target, output), right
 
-    def _note(
-        self, keys: Tensor, output: Tensor, target: Tensor, losses: Tensor, left: Tensor, right: Tensor
-    ) -> None:
+    def _note(self, keys: Tensor, output: Tensor, target: Tensor, losses: Tensor, left: Tensor, right: Tensor) -> None:
         named = {"keys_per_template": keys, "cur_input": keys[0], "cur_output": output, "target": target}
         for name, tensor in {**named, "losses": losses[0], "u": right, "v": left}.items():
             self.record(name, tensor)

@@ -33,7 +33,9 @@ class Factored:
 
     def solve(self, right: Tensor) -> Tensor:
         """``C^-1 right`` for (inner, n)."""
-        return torch.cholesky_solve(right.double(), self.factor)
+        # cholesky_solve copies the factor at every call; these two read it where it is.
+        half = torch.linalg.solve_triangular(self.factor, right.double(), upper=False)
+        return torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
 
     def spread(self, keys: Tensor, weight: float) -> Tensor:
         """``(weight C + K K^T)^-1 K`` for keys (inner, n), through an n by n system."""

@@ -142,12 +142,12 @@ class _Search:
     ) -> None:
         self.model, self.params, self.recorder = model, params, recorder
         self.count = len(requests)
-        self.tail = Tail(
-            model.hf, model.arch.blocks, layer + 1, model.arch.final_norm, as_tuple=model.returns_tuple()
-        )
+        self.tail = Tail(model.hf, model.arch.blocks, layer + 1, model.arch.final_norm, as_tuple=model.returns_tuple())
         facts = fact_rows(model.tokenizer, requests, contexts, params.fact_token)
         essence = subject_rows(model.tokenizer, requests, params.kl_prompt, params.fact_token)
-        self.rows, self.initial = self._look_once(_interleave(facts, essence, len(contexts)), len(contexts), layer, site)
+        self.rows, self.initial = self._look_once(
+            _interleave(facts, essence, len(contexts)), len(contexts), layer, site
+        )
 
     def run(self) -> Values:
         """Optimise until every request is finished or the steps are used up."""
@@ -156,7 +156,7 @@ class _Search:
         alive = torch.ones(self.count, dtype=torch.bool, device=delta.device)
         here, rows, before = alive.nonzero().squeeze(1), self.rows, None
         losses = torch.full((self.count, self.params.steps, 4), torch.nan, device=delta.device)
-        steps = []
+        path = torch.full((self.count, self.params.steps - 1, delta.shape[1]), torch.nan) if self.recorder else None
         for step in range(self.params.steps):
             terms, gradient, after = self._evaluate(rows, delta[here], self.initial[here], before)
             before = after if before is None else before
@@ -168,14 +168,15 @@ class _Search:
                 break
             alive[here] = running = running & (terms[:, 0] >= self.params.stop_below)
             moved = state.step(here, delta[here], gradient)
-            steps.append(moved)
+            if path is not None:
+                path[here[running], step] = moved[running].cpu()
             delta[here] = torch.where(running[:, None], self._clamped(moved, self.initial[here]), delta[here])
             if self._looks_now(step) and not bool(running.all()):
                 if not bool(running.any()):
                     break
                 rows, before, here = rows.keep(running), before[running], here[running]
-        if self.recorder is not None and steps and len({len(s) for s in steps}) == 1:
-            self.recorder.add("delta_steps", torch.stack(steps, dim=1))
+        if self.recorder is not None and path is not None:
+            self.recorder.add("delta_steps", path)  # NaN from where a request had left
         return Values(delta, self.initial, losses)
 
     def _looks_now(self, step: int) -> bool:
@@ -208,9 +209,7 @@ class _Search:
             (gradient,) = torch.autograd.grad(terms[:, 0].sum(), delta)
         return terms.detach(), gradient, scores[len(rows.entry_row) :].detach()
 
-    def _terms(
-        self, rows: _Rows, scores: Tensor, delta: Tensor, initial: Tensor, before: Tensor | None
-    ) -> Tensor:
+    def _terms(self, rows: _Rows, scores: Tensor, delta: Tensor, initial: Tensor, before: Tensor | None) -> Tensor:
         entries = len(rows.entry_row)
         chosen = scores[torch.arange(entries, device=scores.device), rows.entry_token] * rows.entry_weight
         nll = torch.zeros(len(delta), device=delta.device).index_add(0, rows.owner[rows.entry_row], -chosen)
@@ -231,7 +230,7 @@ class _Search:
         rows = _cut(seen, batch.mask.to(device), lookup)
         owner = torch.arange(self.count, device=device).repeat_interleave(group)
         entries = _entries(facts, contexts, device)
-        return _Rows(*rows, owner, *entries, kl_row=bare + contexts), seen["site"][bare].float()
+        return _Rows(*rows, owner, *entries, bare + contexts), seen["site"][bare].float()
 
     def _capture(self, ids: Tensor, mask: Tensor, block: str, site: str, lookup: Tensor) -> dict[str, Any]:
         seen: dict[str, Any] = {}
