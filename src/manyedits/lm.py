@@ -177,7 +177,7 @@ class Engine:
             logprobs[slots] = values.where(found, torch.nan).cpu()
             hits[slots] = ((seen.logits.argmax(dim=-1)[where] == target) & found).cpu()
 
-        self._walk([Placed(0, root) for root in plan.roots], None, judge)
+        self._walk(plan.roots, judge)
         bounds = zip(plan.pairs, plan.bounds, strict=True)
         return [self._scores(pair, logprobs[a:b], hits[a:b]) for pair, (a, b) in bounds]
 
@@ -220,7 +220,7 @@ class Engine:
             logprobs = seen.logits.log_softmax(dim=-1).cpu()
             found.update({read.slot: logprobs[at] for at, read in seen.reads()})
 
-        self._walk([Placed(0, root) for root in self._trees(rows, self._whole())], None, note)
+        self._walk(self._trees(rows, self._whole()), note)
         return torch.stack([found[i] for i in range(len(contexts))])
 
     # --- generation -------------------------------------------------------------------------------------------------
@@ -267,27 +267,40 @@ class Engine:
 
         rows = _last_reads(prompts)
         roots = unshared(rows) if self._whole() else forest(rows)
-        self._walk([Placed(0, root) for root in roots], None, speak, room=stopping.limit)
+        self._walk(roots, speak, room=stopping.limit)
         return [said[i] for i in range(len(prompts))]
 
     # --- the walk ---------------------------------------------------------------------------------------------------
 
-    def _walk(self, nodes: Sequence[Placed], parents: Rows | None, visit: Visit, room: int = 0) -> None:
-        """Run nodes in batches, let ``visit`` read each, then go on with their children from the cache they left."""
-        for batch in batches(nodes, Budget(self.token_budget, self._most_reads, room)):
-            reads = [(i, c) for i, placed in enumerate(batch) for c in placed.node.columns()]
-            step = Step(
-                [placed.node.tokens for placed in batch],
-                [placed.parent for placed in batch],
-                reads,
-                [placed.node.prompt_end - placed.node.start for placed in batch],
-            )
+    def _walk(self, roots: Sequence[Node], visit: Visit, room: int = 0) -> None:
+        """Run trees in batches, let ``visit`` read each; a batch's children go on from its cache before the next batch.
+
+        A cache is let go as soon as the last of its children has been run.
+        """
+        budget = Budget(self.token_budget, self._most_reads, room)
+        waiting: list[tuple[list[list[Placed]], Rows | None]] = [
+            (list(batches([Placed(0, root) for root in roots], budget))[::-1], None)
+        ]
+        while waiting:
+            left, parents = waiting.pop()
+            if not left:
+                continue
+            batch = left.pop()
+            if left:
+                waiting.append((left, parents))
             below = [Placed(i, child) for i, placed in enumerate(batch) for child in placed.node.children]
-            logits, left = self._runner.run(parents, step, keep=bool(below or room))
-            place = {(i, batch[i].node.start + column): at for at, (i, column) in enumerate(reads)}
-            visit(Seen([placed.node for placed in batch], logits, place, left))
-            if below:
-                self._walk(below, left, visit, room)
+            seen = self._run(parents, batch, keep=bool(below or room))
+            visit(seen)
+            waiting.append((list(batches(below, budget))[::-1], seen.rows))
+
+    def _run(self, parents: Rows | None, batch: Sequence[Placed], keep: bool) -> Seen:
+        nodes = [placed.node for placed in batch]
+        reads = [(i, column) for i, node in enumerate(nodes) for column in node.columns()]
+        ends = [node.prompt_end - node.start for node in nodes]
+        step = Step([node.tokens for node in nodes], [placed.parent for placed in batch], reads, ends)
+        logits, rows = self._runner.run(parents, step, keep)
+        place = {(i, nodes[i].start + column): at for at, (i, column) in enumerate(reads)}
+        return Seen(nodes, logits, place, rows)
 
 
 def _last_reads(sequences: Sequence[Tokens]) -> list[Row]:
