@@ -111,6 +111,7 @@ def requests(count: int = 8) -> list[Request]:
     made = []
     for i in range(count):
         name, other = NAMES[i % len(NAMES)], NAMES[(i + 5) % len(NAMES)]
+        name += f" {i // len(NAMES)}" if i >= len(NAMES) else ""  # so that no two requests are about one subject
         new, old = LANGUAGES[(i + i // len(NAMES)) % len(LANGUAGES)], LANGUAGES[(i + 3) % len(LANGUAGES)]
         made.append(
             Request(

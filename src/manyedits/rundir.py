@@ -99,7 +99,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     from safetensors.torch import save
 
     ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    write_atomic(path, save(ordered, metadata={name: facts[name] for name in sorted(facts)}))
+    # One entry, because the order of several in the file's header is not fixed.
+    write_atomic(path, save(ordered, metadata={"facts": json.dumps(dict(facts), sort_keys=True)}))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -128,8 +129,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+            return tensors, dict(json.loads((file.metadata() or {}).get("facts", "{}")))
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.", "Restore it from a copy.") from None
 
 

@@ -287,7 +287,7 @@ def _cut(seen: dict[str, Any], mask: Tensor, lookup: Tensor) -> tuple[Tensor, Te
     return hidden[rows, positions], torch.cat([prefix, real], dim=1), positions, cache
 
 
-def _entries(facts: Located, contexts: int, device: torch.device) -> tuple[Tensor, ...]:
+def _entries(facts: Located, contexts: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row, column counted from the lookup position, token and weight of every logit that the likelihood reads."""
     listed = [
         (row, column - facts.lookup[row], token, 1.0 / (len(tokens) * contexts))
@@ -295,8 +295,8 @@ def _entries(facts: Located, contexts: int, device: torch.device) -> tuple[Tenso
         for column, token in zip(facts.logits_at[row], tokens, strict=True)
     ]
     row, column, token, weight = zip(*listed, strict=True)
-    whole = [torch.tensor(part, device=device) for part in (row, column, token)]
-    return (*whole, torch.tensor(weight, device=device))
+    at_row, at_column, wanted = (torch.tensor(part, device=device) for part in (row, column, token))
+    return at_row, at_column, wanted, torch.tensor(weight, device=device)
 
 
 @dataclass
