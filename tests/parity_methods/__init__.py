@@ -16,6 +16,7 @@ from parity_methods.table import Row
 MODULES = {
     "covariance": "parity_methods.covariance",
     "rome": "parity_methods.rome",
+    "r_rome": "parity_methods.r_rome",
     "memit": "parity_methods.memit",
     "easyedit_bos": "parity_methods.easyedit_bos",
 }

@@ -8,6 +8,7 @@ METHODS = Registry(
     "method",
     {
         "rome": "manyedits.methods.rome:Rome",
+        "r-rome": "manyedits.methods.r_rome:RRome",
         "memit": "manyedits.methods.memit:Memit",
         "ft-l": "manyedits.methods.ft:FtL",
         "ft-m": "manyedits.methods.ft:FtM",

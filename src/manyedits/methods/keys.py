@@ -82,3 +82,10 @@ def mean_over_types(keys: Tensor, contexts: Sequence[Sequence[str]]) -> Tensor:
     """(n, contexts, features) to (n, features): the mean inside each type, then over the types."""
     parts = keys.split([len(group) for group in contexts], dim=1)
     return torch.stack([part.mean(dim=1) for part in parts]).mean(dim=0)
+
+
+def output_for(model: EditableModel, site: str, key: Tensor) -> Tensor:
+    """What the linear module at ``site`` gives for a key (inner,), from its 32-bit weights: (hidden,)."""
+    output = model.weight(f"{site}.weight") @ key
+    bias = f"{site}.bias"
+    return output + model.weight(bias) if bias in model.parameters_of(site) else output
