@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from manyedits.assembly import corpus_of, merged, requests_of, steps_of
 from manyedits.benchmarks import benchmarks_named
 from manyedits.config import Experiment, Study, validate_params
 from manyedits.errors import Mistakes, UserError
-from manyedits.loading import check_folder, local_folder
+from manyedits.loading import check_folder, local_folder, random_config, read_config
 from manyedits.methods import METHODS
 from manyedits.methods.base import EditMethod, Need, preset
 
@@ -61,14 +60,13 @@ def _try(errors: list[UserError], do: Callable[[], T]) -> T | None:
 def _config(cell: Experiment) -> dict[str, Any]:
     """The model's config, without loading weights; empty when the model must come from the hub."""
     if isinstance(cell.model, dict):
-        if "random" not in cell.model:
-            raise UserError("A model given as a mapping must be a random one.", "Write `model: {random: llama, ...}`.")
-        return {"model_type": cell.model["random"], **cell.model}
+        config = random_config(cell.model)
+        return {**config.to_dict(), "num_hidden_layers": getattr(config, "num_hidden_layers", None)}
     folder = local_folder(cell.model)
     if folder is None:
         return {}
     check_folder(folder)
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return read_config(folder)
 
 
 def _method(cell: Experiment, errors: list[UserError]) -> EditMethod | None:
@@ -114,7 +112,7 @@ def _layers(method: EditMethod, config: dict[str, Any], name: str) -> Iterator[U
     depth = config.get("num_hidden_layers") or config.get("n_layer")
     chosen = getattr(method.params, "layers", None) or [getattr(method.params, "layer", 0)]
     for layer in chosen:
-        if depth and isinstance(layer, int) and layer >= depth:
+        if type(depth) is int and isinstance(layer, int) and layer >= depth:
             yield UserError(
                 f"`{name}` is to edit layer {layer}, the model has {depth} layers, 0 to {depth - 1}.",
                 "Correct `layer` or `layers`, or choose a preset of this model (`manyedits list presets`).",

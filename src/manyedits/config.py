@@ -100,6 +100,8 @@ class Experiment(Part):
         """Identity of the experiment. Of files only the names count: what is in them is part of every step's id."""
         facts = self.facts()
         facts["model"] = _named(facts["model"])
+        if isinstance(facts["model"], dict):
+            facts["model"]["tokenizer"] = _named(facts["model"].get("tokenizer"))
         facts["data"]["path"] = _named(facts["data"]["path"])
         if facts["statistics"]:
             facts["statistics"]["corpus"] = _named(facts["statistics"]["corpus"])
@@ -235,7 +237,7 @@ def _located(values: dict[str, Any], home: Path) -> dict[str, Any]:
     found = dict(values)
     if isinstance(found.get("model"), str):
         found["model"] = _place(found["model"], home)
-    for part, key in (("data", "path"), ("statistics", "corpus")):
+    for part, key in (("model", "tokenizer"), ("data", "path"), ("statistics", "corpus")):
         below = found.get(part)
         if isinstance(below, Mapping) and isinstance(below.get(key), str):
             found[part] = {**below, key: _place(below[key], home)}

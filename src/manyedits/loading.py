@@ -14,15 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from manyedits.errors import UserError
 from manyedits.model import EditableModel, tensors_digest
+from manyedits.registry import near_miss
 
 logger = logging.getLogger(__name__)
 
 ModelRef = str | Path | Mapping[str, Any]
+
+#: Keys of a random model that are not its config's.
+RANDOM_KEYS = ("random", "tokenizer", "seed")
 
 
 def load_model(
@@ -55,8 +68,12 @@ def _locate(ref: str) -> tuple[Path, str]:
 def local_folder(ref: str) -> Path | None:
     """The folder that a reference names on this machine, or None when it must come from the hub."""
     if ref.startswith("world:"):
-        from manyedits.world.models import path_of
-
+        try:
+            from manyedits.world.models import path_of
+        except ModuleNotFoundError:
+            raise UserError(
+                f"This installation has no embedded world, so there is no model `{ref}`.", "Give a model folder."
+            ) from None
         return path_of(ref)
     path = Path(ref).expanduser()
     if path.is_dir():
@@ -71,14 +88,7 @@ def local_folder(ref: str) -> Path | None:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder that is not a safetensors checkpoint, saying what is missing; opens headers only."""
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no config.json.", "Name the folder that holds one.")
-    try:
-        if "model_type" not in json.loads(config.read_text(encoding="utf-8")):
-            raise UserError(f"{config} names no model_type.", "Is it the config of a transformers model?")
-    except ValueError as error:
-        raise UserError(f"{config} is not JSON: {error}.", "Copy the model folder again.") from None
+    read_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         other = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights at all"
@@ -88,6 +98,22 @@ def check_folder(folder: Path) -> None:
         )
     for file in files:
         _open(file)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json. Raises ``UserError`` when it is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json.", "Name the folder that holds one.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}.", "Copy the model folder again.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.", "Correct its permissions.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+        raise UserError(f"{path} names no model_type.", "Is it the config of a transformers model?")
+    return content
 
 
 def _open(file: Path) -> Any:
@@ -169,21 +195,39 @@ def random_model(spec: dict[str, Any], dtype: str, device: str, attention: str) 
     Every other key is the config's. The weights are drawn in 32 bit from a generator of their own, so the global one is
     left as it was.
     """
-    spec = dict(spec)
-    kind, seed = spec.pop("random"), int(spec.pop("seed", 0))
-    where = spec.pop("tokenizer", None)
-    if where is None:
-        raise UserError("A random model needs a tokenizer.", "Add `tokenizer: FOLDER` beside `random`.")
-    tokenizer = _tokenizer(local_folder(str(where)) or Path(str(where)), trust_remote_code=False)
-    spec.setdefault("vocab_size", len(tokenizer))
+    config = random_config(spec)
+    kind, seed, where = spec["random"], spec.get("seed", 0), str(spec["tokenizer"])
+    tokenizer = _tokenizer(local_folder(where) or Path(where), trust_remote_code=False)
+    if "vocab_size" not in spec:
+        config.vocab_size = len(tokenizer)
     try:
-        config = AutoConfig.for_model(kind, **spec)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             hf = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(
             f"No random model `{kind}`: {_first_line(error)}", "Check the keys against its config."
         ) from None
     fingerprint = tensors_digest(hf.state_dict())
     return EditableModel(hf.to(device=device, dtype=getattr(torch, dtype)), tokenizer, fingerprint)
+
+
+def random_config(spec: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a random model. Raises ``UserError`` for all that can be wrong without making the model."""
+    kind, where, seed = spec.get("random"), spec.get("tokenizer"), spec.get("seed", 0)
+    if kind is None:
+        raise UserError("A model given as a mapping must be a random one.", "Write `model: {random: llama, ...}`.")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = near_miss(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        raise UserError(f"There is no random model `{kind}`.{near}", "Give the model_type of a causal language model.")
+    if not isinstance(where, str):
+        raise UserError("A random model needs a tokenizer.", "Add `tokenizer: FOLDER` beside `random`.")
+    if type(seed) is not int:
+        raise UserError(f"The seed of a random model is {seed!r}, not an integer.", "Correct it.")
+    local_folder(where)
+    try:
+        return AutoConfig.for_model(kind, **{k: v for k, v in spec.items() if k not in RANDOM_KEYS})
+    except (ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(
+            f"No random model `{kind}`: {' '.join(str(error).split())}", "Check the keys against its config."
+        ) from None

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from manyedits.assembly import benchmarks_of, method_of, requests_of, steps_of
 from manyedits.checks import check_study
 from manyedits.config import Experiment, Options, Study
-from manyedits.loading import local_folder
+from manyedits.loading import local_folder, random_config, read_config
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -51,20 +48,26 @@ def _layers(cell: Experiment) -> int:
 
 
 def _shape(cell: Experiment) -> Mapping[str, int] | None:
-    """Parameters and the size of an edited weight; None when the model must first come from the hub."""
+    """Parameters and the size of an edited weight; None when they cannot be told from what is here."""
     if isinstance(cell.model, dict):
-        spec = {k: v for k, v in cell.model.items() if k not in ("random", "tokenizer", "seed")}
-        config = AutoConfig.for_model(cell.model["random"], **spec).to_dict()
-        parameters = 12 * config["num_hidden_layers"] * config["hidden_size"] ** 2
+        config = random_config(cell.model).to_dict()
+        parameters = None
     else:
         folder = local_folder(cell.model)
         if folder is None:
             return None
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         parameters = _parameters(folder)
-    hidden = config.get("hidden_size") or config.get("n_embd")
-    inner = config.get("intermediate_size") or config.get("ffn_dim") or config.get("n_inner") or 4 * hidden
-    return {"parameters": parameters, "hidden": hidden, "inner": inner}
+    hidden, depth = _number(config, "hidden_size", "n_embd", "d_model"), _number(config, "num_hidden_layers", "n_layer")
+    if hidden is None or depth is None:
+        return None
+    inner = _number(config, "intermediate_size", "ffn_dim", "n_inner") or 4 * hidden
+    return {"parameters": parameters or 12 * depth * hidden**2, "hidden": hidden, "inner": inner}
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of these keys that holds a count."""
+    return next((config[name] for name in names if type(config.get(name)) is int), None)
 
 
 def _parameters(folder: Path) -> int:
@@ -109,7 +112,7 @@ def _list(values: list[Any]) -> str:
 
 def _size(count: int | None) -> str:
     if count is None:
-        return "unknown until the model is there"
+        return "unknown until the model is loaded"
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from manyedits.config import Experiment
 from manyedits.errors import UserError
 from manyedits.rundir import RunDir, read_json, read_lines
 
@@ -67,7 +70,7 @@ def run_info(folder: Path) -> RunInfo:
         raise UserError(
             f"{folder} is no run directory: it has no resolved.json.", "Name a folder that `manyedits run` wrote."
         )
-    resolved = read_json(run.resolved)
+    resolved = _resolved(run.resolved)
     lines = read_lines(run.journal)
     made_by = read_json(run.provenance) if run.provenance.is_file() else {}
     edited = lines[-1]["step"] if lines else 0
@@ -82,6 +85,15 @@ def run_info(folder: Path) -> RunInfo:
         resolved["steps"],
         resolved["benchmarks"],
     )
+
+
+def _resolved(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    try:
+        Experiment(**content["experiment"])
+        return {name: content[name] for name in ("experiment", "digest", "steps", "benchmarks")}
+    except (KeyError, TypeError, ValidationError):
+        raise UserError(f"{path} was altered or written by another program.", "Restore it from a copy.") from None
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -124,8 +136,11 @@ def rows(folder: Path) -> list[Row]:
 def read_score(path: Path) -> dict[str, Any]:
     """One score file. Raises ``UserError`` when it is broken."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError) as error:
+        score = dict(json.loads(path.read_bytes()))
+        if not {"benchmark", "state", "scores"} <= set(score):
+            raise ValueError("it is no score")
+        return score
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}.", "Delete it and run again; it is measured anew.") from None
 
 

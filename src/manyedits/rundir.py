@@ -114,8 +114,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(content[: _whole_length(content)].splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
             raise UserError(
                 f"{path}, line {number}: not JSON.", "The line was altered; restore it from a copy."
             ) from None

@@ -39,6 +39,8 @@ def _snapshots(trajectory: Trajectory) -> Iterator[str]:
     for step, digest in trajectory.snapshots.items():
         if step in trajectory.lines:
             yield from _compared(trajectory.run.snapshot(step), step, digest)
+        else:
+            yield _without_line(trajectory, trajectory.run.snapshot(step), step)
 
 
 def _compared(path: Path, step: int, digest: str | None) -> Iterator[str]:
@@ -52,8 +54,15 @@ def _scores(trajectory: Trajectory) -> Iterator[str]:
     for path in sorted((trajectory.run.root / "scores").glob("*/*.json")):
         step = int(path.parent.name)
         line = trajectory.lines.get(step)
-        if line is not None and read_score(path)["state"] != line.digest:
+        if line is None and step:
+            yield _without_line(trajectory, path, step)
+        elif line is not None and read_score(path)["state"] != line.digest:
             yield f"{path}: measured on another state than the journal's step {step}."
+
+
+def _without_line(trajectory: Trajectory, path: Path, step: int) -> str:
+    """Snapshots and scores come after the journal's line, so a step that has one and no line has lost it."""
+    return f"{trajectory.run.journal}: the line of step {step} is missing or torn, but {path.name} is of that step."
 
 
 def _replay(trajectory: Trajectory, cell: Experiment) -> Iterator[str]:

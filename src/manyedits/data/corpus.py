@@ -35,7 +35,7 @@ def _paragraphs(content: str) -> list[str]:
 
 def _lines(path: Path, content: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.rstrip("\n").split("\n"), 1):  # U+2028 may stand inside a text
         try:
             texts.append(str(json.loads(line)["text"]))
         except (ValueError, KeyError, TypeError):
