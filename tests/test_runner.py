@@ -230,7 +230,7 @@ def test_changes_that_are_too_large_to_keep_are_made_again(home: Path, tmp_path:
 
 def test_another_experiment_is_refused(home: Path, finished: Path) -> None:
     other = experiments.study(home, checkpoints=[0, 2, 6])
-    with pytest.raises(UserError, match="another experiment .it differs in checkpoints"):
+    with pytest.raises(UserError, match="differs in checkpoints"):
         run(other, finished)
 
 
