@@ -217,7 +217,7 @@ def random_config(spec: Mapping[str, Any]) -> PreTrainedConfig:
     kind, where, seed = spec.get("random"), spec.get("tokenizer"), spec.get("seed", 0)
     if kind is None:
         raise UserError("A model given as a mapping must be a random one.", "Write `model: {random: llama, ...}`.")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if str(kind) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = near_miss(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise UserError(f"There is no random model `{kind}`.{near}", "Give the model_type of a causal language model.")
     if not isinstance(where, str):
@@ -226,7 +226,7 @@ def random_config(spec: Mapping[str, Any]) -> PreTrainedConfig:
         raise UserError(f"The seed of a random model is {seed!r}, not an integer.", "Correct it.")
     local_folder(where)
     try:
-        return AutoConfig.for_model(kind, **{k: v for k, v in spec.items() if k not in RANDOM_KEYS})
+        return AutoConfig.for_model(str(kind), **{k: v for k, v in spec.items() if k not in RANDOM_KEYS})
     except (ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(
             f"No random model `{kind}`: {' '.join(str(error).split())}", "Check the keys against its config."

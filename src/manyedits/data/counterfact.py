@@ -6,6 +6,7 @@ from typing import Any
 
 from manyedits.data import Probe, Request
 from manyedits.data.reading import text_field, texts_field
+from manyedits.errors import UserError
 
 
 def counterfact(where: str, record: dict[str, Any]) -> Request:
@@ -38,6 +39,10 @@ def _easyedit(where: str, record: dict[str, Any]) -> Request:
     once = text.count(subject) == 1
     neighbours = texts_field(where, record, "locality_prompt")
     answers = texts_field(where, record, "locality_ground_truth")
+    if len(neighbours) != len(answers):
+        raise UserError(
+            f"{where}: {len(neighbours)} locality prompts have {len(answers)} answers.", "Give each prompt its answer."
+        )
     return Request(
         id=str(record.get("case_id", where)),
         subject=subject,
@@ -46,5 +51,5 @@ def _easyedit(where: str, record: dict[str, Any]) -> Request:
         target=text_field(where, record, "target_new").strip(),
         old_target=text_field(where, record, "ground_truth").strip() if record.get("ground_truth") else None,
         paraphrases=texts_field(where, record, "rephrase_prompt"),
-        neighbours=tuple(Probe(p, a.strip()) for p, a in zip(neighbours, answers, strict=False)),
+        neighbours=tuple(Probe(p, a.strip()) for p, a in zip(neighbours, answers, strict=True)),
     )
