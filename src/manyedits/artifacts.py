@@ -25,6 +25,9 @@ from manyedits import rundir
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: What to do about a damaged file of the store.
+AGAIN = "Delete it; it is made again."
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +52,7 @@ class Artifacts:
                 notes = place.with_suffix(".parts")
                 rundir.save_tensors(place, build(notes), {"key": canonical(key)})
                 shutil.rmtree(notes, ignore_errors=True)
-        return rundir.load_tensors(place)[0]
+        return rundir.load_tensors(place, AGAIN)[0]
 
     def get_or_build_json(self, kind: str, key: Mapping[str, Any], build: Callable[[], Any]) -> Any:
         """The same for anything JSON can hold."""
@@ -57,7 +60,7 @@ class Artifacts:
         with self._alone(place):
             if not place.is_file():
                 rundir.write_json(place, {"key": json.loads(canonical(key)), "value": build()})
-        return rundir.read_json(place)["value"]
+        return rundir.read_json(place, AGAIN)["value"]
 
     def place(self, kind: str, key: Mapping[str, Any], suffix: str) -> Path:
         """Where an artifact lies, or would."""

@@ -24,6 +24,9 @@ from manyedits.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: What to do about a file of a run that is not what was written.
+RESTORE = "Restore it from a copy."
+
 LIBRARIES = ("manyedits", "torch", "transformers", "tokenizers", "safetensors", "numpy", "lm_eval")
 
 
@@ -122,7 +125,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path, hint: str = RESTORE) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and texts of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
@@ -131,17 +134,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             return tensors, dict(json.loads((file.metadata() or {}).get("facts", "{}")))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", "Restore it from a copy.") from None
+        raise UserError(f"{path} cannot be read: {error}.", hint) from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, hint: str = RESTORE) -> Any:
     """A JSON file. Raises ``UserError`` when it is missing or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.", "Is this a run directory?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", "Restore it from a copy.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}.", hint) from None
 
 
 # --- places -----------------------------------------------------------------------------------------------------------
@@ -229,9 +232,11 @@ class RunDir:
 
     def _compare(self, resolved: Mapping[str, Any]) -> None:
         there = read_json(self.resolved)
+        old, new = there.get("experiment") if isinstance(there, dict) else None, resolved["experiment"]
+        if not isinstance(old, dict):
+            raise UserError(f"{self.resolved} was altered or written by another program.", RESTORE)
         if there.get("digest") == resolved["digest"]:
             return
-        old, new = there.get("experiment", {}), resolved["experiment"]
         names = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         raise UserError(
             f"{self.root} holds the run of another experiment (it differs in {', '.join(names) or 'its form'}).",
