@@ -129,7 +129,7 @@ def test_keys(kind: str) -> None:
     model, names = tiny.model(kind), NAMES[kind]
     groups = (CONTEXTS[:1], CONTEXTS[1:])
     for where in WHERE:
-        keys, outputs = mean_keys(model, 1, requests(), groups, where, model.block(2))
+        keys, outputs = mean_keys(model, model.mlp_out(1), requests(), groups, where, model.block(2))
         site, block = names.mlp_out.format(1), names.block.format(2)
         words = model.tokenizer
         theirs = [mean_key(model.hf, words, site, fact(one), groups, where) for one in requests()]

@@ -18,6 +18,7 @@ MODULES = {
     "rome": "parity_methods.rome",
     "r_rome": "parity_methods.r_rome",
     "memit": "parity_methods.memit",
+    "emmet": "parity_methods.emmet",
     "easyedit_bos": "parity_methods.easyedit_bos",
 }
 

@@ -1,7 +1,8 @@
-"""MEMIT: keys, what is missing and the change at every layer, after one search at the last."""
+"""MEMIT: keys, what is missing and the change at every layer, after one search at the last; and what its kin share."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -11,22 +12,19 @@ from manyedits.methods.base import EditMethod
 from manyedits.methods.memit import Memit
 from manyedits.methods.solve import Factored
 from parity_methods.edits import EditAdapter, Hparams, Tensors, first_evaluation, without_padding
-from parity_methods.stage import Stage, context_params, value_params
+from parity_methods.stage import Stage, spread_params
 from parity_methods.table import CLOSED, FORWARD, GRADIENT, LOOP, Rule
 
 
-class MemitAdapter(EditAdapter):
-    method: ClassVar[str] = "memit"
-    default: ClassVar[str] = "std"
+class SpreadAdapter(EditAdapter):
+    """A method that spreads a residual over layers with a solve of its own."""
 
-    def make(self, stage: Stage, hparams: Hparams) -> EditMethod:
-        params = Memit.Params(
-            layers=tuple(hparams["layers"]),
-            value=value_params(hparams),
-            contexts=context_params(stage.golden.contexts["memit"]),
-            weight=hparams["mom2_update_weight"],
-        )
-        return Memit(params)
+    default: ClassVar[str] = "std"
+    closed: ClassVar[float] = CLOSED  # tolerance of the closed form alone
+
+    @abstractmethod
+    def right(self, hparams: Hparams, moment: Tensor, keys: Tensor) -> Tensor:
+        """The right factor (inner, n) for recorded keys (inner, n), on a model without earlier edits."""
 
     def rules(self, hparams: Hparams) -> Sequence[Rule]:
         first = hparams["layers"][0]
@@ -51,11 +49,19 @@ class MemitAdapter(EditAdapter):
         for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
             if {"z", *(f"layer{layer}.{name}" for name in ("K", "cur_z", "delta_W"))} <= theirs.keys():
                 site = stage.model.mlp_out(layer)
-                right = Factored(stage.golden.moments[site]).spread(
-                    theirs[f"layer{layer}.K"].T, hparams["mom2_update_weight"]
-                )
+                right = self.right(hparams, stage.golden.moments[site], theirs[f"layer{layer}.K"].T)
                 missing = (theirs["z"] - theirs[f"layer{layer}.cur_z"]).double() / left
-                yield f"layer{layer}.delta_W", stage.stored(f"{site}.weight", missing.T @ right.T), CLOSED
+                yield f"layer{layer}.delta_W", stage.stored(f"{site}.weight", missing.T @ right.T), self.closed
+
+
+class MemitAdapter(SpreadAdapter):
+    method: ClassVar[str] = "memit"
+
+    def make(self, stage: Stage, hparams: Hparams) -> EditMethod:
+        return Memit(Memit.Params(**spread_params(stage, hparams), weight=hparams["mom2_update_weight"]))
+
+    def right(self, hparams: Hparams, moment: Tensor, keys: Tensor) -> Tensor:
+        return Factored(moment).spread(keys, hparams["mom2_update_weight"])
 
 
 ADAPTER = MemitAdapter()

@@ -110,3 +110,12 @@ def value_params(hparams: Mapping[str, Any]) -> ValueParams:
 def context_params(groups: Sequence[Sequence[str]]) -> ContextParams:
     """Fixed contexts, by type."""
     return ContextParams(texts=tuple(tuple(group) for group in groups))
+
+
+def spread_params(stage: Stage, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """What all methods that spread a residual over layers take, from the reference's names."""
+    return {
+        "layers": tuple(hparams["layers"]),
+        "value": value_params(hparams),
+        "contexts": context_params(stage.golden.contexts["memit"]),
+    }

@@ -10,6 +10,7 @@ METHODS = Registry(
         "rome": "manyedits.methods.rome:Rome",
         "r-rome": "manyedits.methods.r_rome:RRome",
         "memit": "manyedits.methods.memit:Memit",
+        "emmet": "manyedits.methods.emmet:Emmet",
         "ft-l": "manyedits.methods.ft:FtL",
         "ft-m": "manyedits.methods.ft:FtM",
     },

@@ -62,20 +62,25 @@ def _chunks(rows: Rows) -> Iterator[Rows]:
 
 def mean_keys(
     model: EditableModel,
-    layer: int,
+    site: str,
     requests: Sequence[Request],
     contexts: Sequence[Sequence[str]],
     which: FactToken,
     output: str,
 ) -> tuple[Tensor, Tensor]:
-    """Keys of a layer, (n, inner), and the output of another module on the bare prompt, (n, hidden), in one pass.
+    """Keys of the module at ``site``, (n, inner), and the output of another on the bare prompt, (n, hidden).
 
-    ``contexts`` are templates by type, the bare "{}" first of all.
+    ``contexts`` are templates by type, the bare "{}" first of all. One pass over the model, or two where both sides of one
+    module are read.
     """
-    site = model.mlp_out(layer)
     flat = [context for group in contexts for context in group]
-    seen = keys_and_outputs(model, requests, flat, which, {site: "in", output: "out"})
-    return mean_over_types(seen[site], contexts), seen[output][:, 0]
+    if output == site:
+        keys = keys_and_outputs(model, requests, flat, which, {site: "in"})[site]
+        current = keys_and_outputs(model, requests, flat[:1], which, {site: "out"})[site]
+    else:
+        seen = keys_and_outputs(model, requests, flat, which, {site: "in", output: "out"})
+        keys, current = seen[site], seen[output]
+    return mean_over_types(keys, contexts), current[:, 0]
 
 
 def mean_over_types(keys: Tensor, contexts: Sequence[Sequence[str]]) -> Tensor:

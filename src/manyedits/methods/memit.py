@@ -21,62 +21,48 @@ from pydantic import Field
 from torch import Tensor
 
 from manyedits.data import Request
-from manyedits.methods.base import (
-    ContextParams,
-    Edit,
-    EditMethod,
-    MethodParams,
-    MomentParams,
-    Need,
-    Supplies,
-    ValueParams,
-)
+from manyedits.methods.base import Edit, EditMethod, MethodParams, Need, Supplies
 from manyedits.methods.contexts import context_groups
-from manyedits.methods.layers import spread_over_layers
-from manyedits.methods.moments import second_moments
+from manyedits.methods.layers import Aim, SpreadParams, moments_by_layer, spread_over_layers
 from manyedits.methods.solve import Factored
 from manyedits.methods.value import find_values
 from manyedits.model import EditableModel
 
 
-class MemitParams(MethodParams):
+class MemitParams(SpreadParams):
     """Parameters of MEMIT; the defaults are those of the authors' release for GPT-2 XL."""
 
-    layers: tuple[int, ...] = Field((13, 14, 15, 16, 17), min_length=1, description="Edited layers, rising. Indices.")
-    value: ValueParams = Field(
-        default_factory=lambda: ValueParams(clamp=0.75), description="The search for the vectors z."
-    )
-    contexts: ContextParams = Field(
-        default_factory=lambda: ContextParams(lengths=((10, 5),)), description="Texts put before the prompt."
-    )
-    moments: MomentParams = Field(default_factory=MomentParams, description="The second moments C of the keys.")
     weight: float = Field(20_000.0, gt=0, description="How many keys C stands for in the solve. Count.")
 
 
 class Memit(EditMethod):
-    """One low-rank change per layer, of rank n for n requests."""
+    """One low-rank change per layer, of rank n for n requests. EMMET and AlphaEdit replace ``remember`` and ``solve``."""
 
     Params: ClassVar[type[MethodParams]] = MemitParams
     needs: ClassVar[frozenset[Need]] = frozenset({Need.SUBJECT, Need.ADDITIVE_MLP, Need.STATISTICS})
 
     def prepare(self, model: EditableModel, supplies: Supplies) -> None:
         self.contexts = context_groups(model, self.params.contexts, supplies)
-        sites = {layer: model.mlp_out(layer) for layer in self.params.layers}
-        moments = second_moments(model, list(sites.values()), self.params.moments, supplies)
-        ridge = self.params.moments.ridge
-        self.memory = {n: Factored(moments[site].to(model.device), ridge, site) for n, site in sites.items()}
+        moments = moments_by_layer(model, self.params.layers, model.mlp_out, self.params.moments, supplies)
+        self.remember(moments, supplies)
+
+    def remember(self, moments: dict[int, Tensor], supplies: Supplies) -> None:
+        """Keep of the second moments (inner, inner), by layer, what ``solve`` needs."""
+        self.memory = {n: Factored(c, self.params.moments.ridge, f"layer {n}") for n, c in moments.items()}
 
     def edit(self, model: EditableModel, requests: Sequence[Request]) -> Edit:
         layers, value = self.params.layers, self.params.value
+        block = model.block(layers[-1])
         flat = [context for group in self.contexts for context in group]
-        found = find_values(model, requests, layers[-1], model.block(layers[-1]), flat, value, self.recorder)
+        found = find_values(model, requests, layers[-1], block, flat, value, self.recorder)
+        aims = [Aim(model.mlp_out, block, found.target, self.solve)]
         changes, missing = spread_over_layers(
-            model, requests, found.target, layers, self.contexts, value.fact_token, self.solve, self.recorder
+            model, requests, aims, layers, self.contexts, value.fact_token, self.recorder
         )
         self.record("z", found.target)
         self.record("losses", found.losses)
-        return Edit(changes, info={"residual": float(missing.norm(dim=1).mean())})
+        return Edit(changes, info={"residual": missing})
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:
-        """The right factor (inner, n) of a layer's change; what EMMET and AlphaEdit replace."""
+        """The right factor (inner, n) of a layer's change, for keys (inner, n)."""
         return self.memory[layer].spread(keys, self.params.weight)

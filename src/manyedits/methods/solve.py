@@ -45,6 +45,24 @@ class Factored:
         return torch.linalg.solve(small.T, solved.T).T
 
 
+def equality(memory: Factored, keys: Tensor, damping: float) -> Tensor:
+    """``C^-1 K (K^T C^-1 K + damping I)^-1`` for keys (inner, n): with damping 0, what maps each key onto its own unit.
+
+    Raises ``UserError`` when keys are so alike that no change can tell them apart.
+    """
+    keys = keys.double()
+    solved = memory.solve(keys)
+    small = keys.T @ solved
+    small.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(small)
+    if bool(failed):
+        raise UserError(
+            f"The keys of these {keys.shape[1]} requests are too much alike to be told apart in 64 bit.",
+            "Set `damping` in the method's parameters, or take requests about different subjects into a batch.",
+        )
+    return torch.cholesky_solve(solved.T, factor).T
+
+
 class Identity:
     """The unit matrix in place of a covariance: what "ROME without covariance" amounts to."""
 
