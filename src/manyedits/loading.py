@@ -96,8 +96,23 @@ def check_folder(folder: Path) -> None:
             f"{folder} has no safetensors file ({other}); pickled weights are never read, since they can run code.",
             "Save the model with `save_pretrained(..., safe_serialization=True)`.",
         )
+    _check_shards(folder, {file.name for file in files})
     for file in files:
         _open(file)
+
+
+def _check_shards(folder: Path, there: set[str]) -> None:
+    """Every shard that the index names must be here and be safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of safetensors.", "Copy the model folder again.") from None
+    if named - there:
+        some = ", ".join(sorted(str(name) for name in named - there)[:3])
+        raise UserError(f"{folder} lacks safetensors that its index names: {some}.", "Copy the model folder again.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -158,6 +173,9 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer in {folder} gives no character offsets.", "Add its tokenizer.json.")
+    # Without its files a tokenizer is made all the same, with nothing but special tokens in it.
+    if not set(tokenizer("A word.", add_special_tokens=False)["input_ids"]) - set(tokenizer.all_special_ids):
+        raise UserError(f"The tokenizer in {folder} has no vocabulary.", "Add its tokenizer.json.")
     return tokenizer  # type: ignore[no-any-return]
 
 
