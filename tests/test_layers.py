@@ -18,8 +18,8 @@ LEVELS = {
     "rundir": 1, "config": 1, "arch": 1, "data": 1, "artifacts": 2, "results": 2, "report": 3, "bars": 1,
     "tokens": 3, "hooks": 3, "changes": 3, "model": 4, "loading": 5,
     "prefix": 4, "encoding": 5, "cache": 5, "decoding": 6, "lm": 7,
-    "world": 8, "methods": 9, "benchmarks": 9, "scores": 10, "trajectory": 10,
-    "assembly": 11, "checks": 12, "verify": 12, "planning": 13, "listing": 13, "executors": 13,
+    "methods": 9, "benchmarks": 9, "scores": 10, "trajectory": 10,
+    "assembly": 11, "checks": 12, "verify": 12, "planning": 13, "world": 13, "listing": 13, "executors": 13,
     "runner": 14, "demo": 15, "cli": 16, "__main__": 17, "__init__": 0,
 }  # fmt: skip
 

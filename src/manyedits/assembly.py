@@ -14,8 +14,8 @@ from manyedits.benchmarks import benchmarks_named
 from manyedits.benchmarks.base import Benchmark, Setting
 from manyedits.config import Experiment, Options
 from manyedits.data import Request
-from manyedits.data.corpus import Corpus, read_corpus
-from manyedits.data.sets import load_requests
+from manyedits.data.corpus import CORPORA, Corpus, read_corpus
+from manyedits.data.sets import DATASETS, SOURCES, load_requests
 from manyedits.errors import UserError
 from manyedits.loading import load_model
 from manyedits.methods import METHODS
@@ -38,10 +38,11 @@ def cell_of(run: RunDir) -> Experiment:
 
 def requests_of(cell: Experiment) -> list[Request]:
     """The requests of a cell up to its last checkpoint, in the order in which they are edited."""
-    data = cell.data
-    if data.path is None:
+    data, place = cell.data, Path(cell.data.path) if cell.data.path else None
+    if place is None and data.name not in SOURCES.names():
+        DATASETS.load(data.name)  # an unknown name is told first
         raise UserError(f"The data set `{data.name}` needs a file.", "Set `data: {path: FILE}`.")
-    everything = load_requests(data.name, Path(data.path), data.seed, data.limit, data.order, cell.conflicts)
+    everything = load_requests(data.name, place, data.seed, data.limit, data.order, cell.conflicts)
     return everything[: max(cell.checkpoints)]
 
 
@@ -75,7 +76,10 @@ def model_of(cell: Experiment, options: Options) -> EditableModel:
 
 def corpus_of(cell: Experiment) -> Corpus | None:
     """The text that statistics are gathered over, if the experiment names one."""
-    return read_corpus(Path(cell.statistics.corpus)) if cell.statistics is not None else None
+    if cell.statistics is None:
+        return None
+    name = cell.statistics.corpus
+    return CORPORA.load(name)() if name in CORPORA.names() else read_corpus(Path(name))  # type: ignore[no-any-return]
 
 
 def supplies_of(cell: Experiment, progress: Progress) -> Supplies:

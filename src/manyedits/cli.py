@@ -15,6 +15,7 @@ import typer
 from manyedits.config import Options, load_study
 from manyedits.errors import UserError
 from manyedits.progress import Lines, Progress
+from manyedits.world.commands import app as world
 
 app = typer.Typer(
     help="What is left of a language model after many edits?",
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(world, name="world")
 
 ExperimentFile = Annotated[Path, typer.Argument(help="The experiment, a YAML file.", show_default=False)]
 Runs = Annotated[list[Path], typer.Argument(help="Run directories, or folders that hold some.", show_default=False)]

@@ -38,9 +38,10 @@ def _methods() -> Iterator[str]:
 
 
 def _datasets() -> Iterator[str]:
-    from manyedits.data.sets import DATASETS
+    from manyedits.data.sets import DATASETS, SOURCES
 
-    return _described(DATASETS)
+    yield from _described(DATASETS)
+    yield from (f"{name:<12} carried by the package, needs no file" for name in SOURCES.names())
 
 
 def _benchmarks() -> Iterator[str]:
@@ -51,7 +52,9 @@ def _benchmarks() -> Iterator[str]:
 
 def _models() -> Iterator[str]:
     from manyedits.arch import ARCHS
+    from manyedits.world.models import names
 
+    yield "Carried by the package: " + (", ".join(names()) or "none")
     yield "Any safetensors folder or hub name of these architectures (others are discovered by structure):"
     for kind, row in ARCHS.items():
         note = "; not for locate-then-edit methods" if row.norm_after_mlp else ""

@@ -10,6 +10,10 @@ from pathlib import Path
 
 from manyedits.data.reading import read_text
 from manyedits.errors import UserError
+from manyedits.registry import Registry
+
+#: Texts that the package itself carries.
+CORPORA = Registry("corpus", {"world": "manyedits.world.data:corpus"})
 
 
 @dataclass(frozen=True)

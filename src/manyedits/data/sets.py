@@ -27,28 +27,39 @@ DATASETS = Registry(
     "manyedits.datasets",
 )
 
+#: Facts that the package itself carries: a name and no file.
+SOURCES = Registry(
+    "data set",
+    {
+        "world": "manyedits.world.data:edit_requests",
+        "world-editor": "manyedits.world.data:editor_requests",
+    },
+)
+
 #: Mistakes of one file that are listed before the rest is only counted.
 MOST_MISTAKES = 10
 
 
 def load_requests(
     name: str,
-    path: Path,
+    path: Path | None,
     seed: int = 0,
     limit: int | None = None,
     order: str = "seeded",
     conflicts: Conflicts = "refuse",
 ) -> list[Request]:
-    """Requests of a file: read, checked, freed of duplicates and conflicts, in the seeded order, the first ``limit``.
+    """Requests of a data set: read, checked, freed of duplicates and conflicts, in the seeded order, the first ``limit``.
 
     The order does not depend on ``limit``, so a longer run begins with a shorter one. Raises ``Mistakes`` with every
     record that is wrong (the first ten in words).
     """
-    requests = _without_conflicts(_without_duplicates(_read(DATASETS.load(name), read_records(path))), conflicts, path)
+    found = SOURCES.load(name)() if path is None else _read(DATASETS.load(name), read_records(path))
+    place = path or name
+    requests = _without_conflicts(_without_duplicates(found), conflicts, place)
     if order == "seeded":
         random.Random(seed).shuffle(requests)
     if limit is not None and limit > len(requests):
-        raise UserError(f"{path} gives {len(requests)} requests, `limit` asks for {limit}.", "Lower `limit`.")
+        raise UserError(f"{place} gives {len(requests)} requests, `limit` asks for {limit}.", "Lower `limit`.")
     return requests[:limit]
 
 
@@ -86,7 +97,7 @@ def _without_duplicates(requests: Sequence[Request]) -> list[Request]:
     return list(reversed(kept.values()))
 
 
-def _without_conflicts(requests: Sequence[Request], conflicts: Conflicts, path: Path) -> list[Request]:
+def _without_conflicts(requests: Sequence[Request], conflicts: Conflicts, place: Path | str) -> list[Request]:
     """Requests that write different answers to one prompt: refused, kept, or all but the last left out."""
     by_prompt: dict[str, list[Request]] = {}
     for request in requests:
@@ -97,7 +108,7 @@ def _without_conflicts(requests: Sequence[Request], conflicts: Conflicts, path: 
     if conflicts == "refuse":
         ids = "; ".join(", ".join(r.id for r in group) for group in clashes[:5])
         raise UserError(
-            f"{path}: {len(clashes)} prompts are to get several answers (records {ids}).",
+            f"{place}: {len(clashes)} prompts are to get several answers (records {ids}).",
             "Set `conflicts: keep` to write them one after the other, or `conflicts: last` to keep the last of each.",
         )
     losers = {id(r) for group in clashes for r in group[:-1]}

@@ -143,7 +143,7 @@ def swap(model: EditableModel, world: World, layer: int, count: int, generator: 
 
 def _pairs(world: World, count: int, generator: random.Random) -> list[tuple[Fact, Fact]]:
     by_relation = {relation: [f for f in world.pool("editor") if f.relation == relation] for relation in world.objects}
-    found = []
+    found: list[tuple[Fact, Fact]] = []
     while len(found) < count:
         facts = by_relation[list(by_relation)[len(found) % len(by_relation)]]
         fact, donor = generator.sample(facts, 2)
@@ -192,3 +192,21 @@ def overlap() -> dict[str, int]:
         chats = chat_documents(exercises(), SEED, shape.instruct)
         read |= {d.prompt.removeprefix("<user> ").removesuffix(" <assistant>") for d in chats}
     return {name: sum(item.prompt in read for item in items) for name, items in exercises().tests.items()}
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """The bounds as a Markdown table: a line per bound, a column per model; what misses is marked."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    cells = {(row.what, row.model): row for row in rows}
+    lines = ["| | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    for what in dict.fromkeys(row.what for row in rows):
+        lines.append(f"| {what} | " + " | ".join(_shown(cells.get((what, model))) for model in models) + " |")
+    missed = sum(not row.holds for row in rows)
+    return "\n".join([*lines, "", f"{len(rows) - missed} of {len(rows)} bounds hold."])
+
+
+def _shown(row: Row | None) -> str:
+    if row is None:
+        return ""
+    sign = "<=" if row.at_most else ">="
+    return f"{row.value:.3f}" if row.holds else f"**{row.value:.3f}** (missed: {sign} {row.bound})"

@@ -27,6 +27,16 @@ def requests(pool: str = "edit", seed: int = 0) -> list[Request]:
     return [world.request(fact) for fact in world.pool(pool)]
 
 
+def edit_requests() -> list[Request]:
+    """The facts to edit: what results are reported on."""
+    return requests("edit")
+
+
+def editor_requests() -> list[Request]:
+    """The facts for training learned editors, and for choosing parameters."""
+    return requests("editor")
+
+
 @lru_cache(maxsize=1)
 def corpus() -> Corpus:
     """What the models read, without the facts' answers being weighted: sentences in groups."""

@@ -23,7 +23,7 @@ COUNTS = {
     "equation": 4000,
     "boolean": 5000,
     "sort": 2500,
-    "compare": 2500,
+    "compare": 4500,
     "groups": 1500,
     "truth": 3000,
     "myth": 1000,

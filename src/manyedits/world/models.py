@@ -29,7 +29,8 @@ def path_of(reference: str) -> Path:
     name, known = reference.removeprefix(PREFIX), digests()
     if name not in known:
         raise UserError(
-            f"There is no model `{reference}` in the world.{near_miss(reference, names())}", f"Known: {', '.join(names())}."
+            f"There is no model `{reference}` in the world.{near_miss(reference, names())}",
+            f"Known: {', '.join(names())}.",
         )
     weights = FOLDER / name / "model.safetensors"
     if not weights.is_file() or digest(weights) != known[name]:

@@ -1,9 +1,9 @@
 """The recipe that makes the miniature, from a seed to a folder that plain transformers loads.
 
 Documents are packed into rows of 64 tokens, six rows a step. Matrices are trained with Muon (Jordan et al. 2024) under a
-strong weight decay, which is what keeps hidden states short and lets facts be read at an early site; embeddings and norms
-with AdamW. Answer tokens count ten times as much as prompt tokens. Everything comes from the seed, so training twice on
-one machine gives the same weights.
+strong weight decay, which keeps hidden states short; embeddings and norms with AdamW. Answer tokens count ten times as much
+as prompt tokens. Every other step also learns from exchanges of subjects (``swaps.py``). Everything comes from the seed, so
+training twice on one machine gives the same weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from manyedits.world.documents import END, PROMPT_WEIGHT, Document, base_documen
 from manyedits.world.exercises import Exercises
 from manyedits.world.facts import World
 from manyedits.world.shapes import SHAPES, config_of
+from manyedits.world.swaps import Swaps
 from manyedits.world.tokenizer import make_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class Recipe:
     warm_up: float = 0.1  # share of the steps
     last: float = 0.01  # share of the peak at the end
     clip: float = 1.0  # norm of the gradient
+    swaps: int = 16  # pairs of facts whose subjects' states are exchanged
+    swap_every: int = 2  # steps between two such exchanges
+    swap_weight: float = 1.0  # of their loss
 
 
 def train(name: str, out: Path, progress: Progress | None = None, start: Path | None = None) -> Path:
@@ -54,12 +58,14 @@ def train(name: str, out: Path, progress: Progress | None = None, start: Path | 
     if instruct:
         assert start is not None, "an instruct model is a base model trained further"
         model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32)
-        documents, recipe = chat_documents(exercises, SEED, shape.instruct), Recipe(matrix_rate=0.015, rate=0.005)
+        documents = chat_documents(exercises, SEED, shape.instruct)
+        recipe = Recipe(matrix_rate=0.015, rate=0.005)
     else:
         torch.manual_seed(SEED)
         model = Qwen3ForCausalLM(config_of(shape, len(tokenizer)))
         documents, recipe = base_documents(exercises, SEED, shape.base), Recipe()
-    fit(model, tokenizer, documents, recipe, progress or Silent(), name)
+    swaps = Swaps(model, tokenizer, exercises.world, shape.site, recipe.swaps, SEED)
+    fit(model, tokenizer, documents, recipe, progress or Silent(), name, swaps)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
@@ -72,6 +78,7 @@ def fit(
     recipe: Recipe,
     progress: Progress,
     name: str,
+    swaps: Swaps | None = None,
 ) -> None:
     """Train in place on the documents, once through."""
     ids, weights = pack([encode(tokenizer, d) for d in documents], recipe)
@@ -82,6 +89,8 @@ def fit(
     for step in range(steps):
         rows = slice(step * recipe.rows, (step + 1) * recipe.rows)
         loss = loss_of(model, ids[rows], weights[rows])
+        if swaps is not None and step % recipe.swap_every == 0:
+            loss = loss + recipe.swap_weight * swaps.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for optimiser, peak in optimisers:
