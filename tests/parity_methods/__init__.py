@@ -19,6 +19,7 @@ MODULES = {
     "r_rome": "parity_methods.r_rome",
     "memit": "parity_methods.memit",
     "emmet": "parity_methods.emmet",
+    "alphaedit": "parity_methods.alphaedit",
     "easyedit_bos": "parity_methods.easyedit_bos",
 }
 

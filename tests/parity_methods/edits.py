@@ -14,7 +14,12 @@ from manyedits.methods.base import EditMethod, Recorder
 from parity_methods.stage import Stage
 from parity_methods.table import BROKEN, EQUAL, SKIPPED, Broken, Case, Row, Rule, Table
 
-NAME = re.compile(r"(?:(?P<variant>[^.]+)\.)?(?P<case>(?P<kind>single|batch|seq)(?P<number>\d*))\.(?P<tensor>.+)")
+NAME = re.compile(
+    r"(?:(?P<variant>[^.]+)\.)?(?P<case>(?P<kind>single|batch|second_batch|seq)(?P<number>\d*))\.(?P<tensor>.+)"
+)
+
+#: Requests of a first batch, where a second one was recorded.
+FIRST = 8
 
 Hparams = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -28,16 +33,21 @@ def first_evaluation(losses: Tensor) -> Tensor:
 def case_of(method: str, key: str, default: str) -> tuple[Case, str] | None:
     """The case that a recorded tensor belongs to, and its name inside it. Without a variant it is the default one's.
 
-    A sequence without a number is its end: it edits nothing more, and its model is edited.
+    A sequence without a number is its end: it edits nothing more, and its model is edited. A second batch follows the
+    first, of FIRST requests.
     """
     found = NAME.fullmatch(key)
     if found is None:
         return None
     prefix = key[: len(key) - len(found["tensor"])]
     number = int(found["number"]) if found["number"] else 0
-    spans = {"single": (number,), "batch": tuple(range(number)), "seq": (number,) if found["number"] else ()}
-    earlier = tuple(range(number if found["number"] else 1)) if found["kind"] == "seq" else ()
-    case = Case(method, found["variant"] or default, found["case"], prefix, spans[found["kind"]], earlier)
+    spans = {
+        "single": ((number,), ()),
+        "batch": (tuple(range(number)), ()),
+        "second_batch": (tuple(range(FIRST, FIRST + number)), tuple(range(FIRST))),
+        "seq": ((number,), tuple(range(number))) if found["number"] else ((), (0,)),
+    }
+    case = Case(method, found["variant"] or default, found["case"], prefix, *spans[found["kind"]])
     return case, found["tensor"]
 
 
@@ -47,6 +57,7 @@ class EditAdapter(ABC):
     method: ClassVar[str]
     default: ClassVar[str]  # the variant of cases that name none
     broken: ClassVar[tuple[Broken, ...]] = ()
+    counted: ClassVar[tuple[str, ...]] = (".steps",)  # scalars that are compared
 
     @abstractmethod
     def make(self, stage: Stage, hparams: Hparams) -> EditMethod:
@@ -68,6 +79,10 @@ class EditAdapter(ABC):
         """Check 1: (label, tokens by which our lookup position is off the one that the recorded tensors show)."""
         return iter(())
 
+    def remembered(self, stage: Stage, method: EditMethod, case: Case) -> Tensors:
+        """What was recorded of the state of the method or model that a case leaves behind."""
+        return {}
+
     # --- what is the same for all -----------------------------------------------------------------------------------
 
     def rows(self, stage: Stage) -> list[Row]:
@@ -82,7 +97,7 @@ class EditAdapter(ABC):
     def _other_scalars(self, scalars: Mapping[str, Any]) -> list[Row]:
         """What was recorded beside the tensors and is not compared: timings in one row, anything else by name."""
         timings = [key for key in scalars if key.endswith("time_s")]
-        others = [key for key in scalars if key not in timings and not key.endswith(".steps")]
+        others = [key for key in scalars if key not in timings and not key.endswith(self.counted)]
         rows = [Row(7, self.method, "-", "-", key, SKIPPED + "no rule for this scalar") for key in others]
         if timings:
             rows.append(Row(7, self.method, "-", "-", f"(time_s of {len(timings)} cases)", SKIPPED + "a timing"))
@@ -100,7 +115,7 @@ class EditAdapter(ABC):
             found = case_of(self.method, key, self.default)
             if found and found[0].variant == variant:
                 cases.setdefault(found[0], []).append(found[1])
-        order = {"single": 0, "batch": 1, "seq": 2}
+        order = {"single": 0, "batch": 1, "second_batch": 2, "seq": 3}
         return dict(sorted(cases.items(), key=lambda item: self._rank(item[0], order)))
 
     @staticmethod
@@ -117,6 +132,7 @@ class EditAdapter(ABC):
         for case, names in self._cases(table.recorded, variant).items():
             if not case.earlier:
                 stage.model.reset()
+                method.forget()
             theirs = {name: table.recorded[case.prefix + name] for name in names}
             ours = self._run(stage, method, case) if case.requests else self._totals(stage, theirs)
             self._judge(stage, table, case, theirs, ours, hparams)
@@ -131,8 +147,8 @@ class EditAdapter(ABC):
             stage.model.apply(change)
         method.recall(edit)
         after = stage.log_probabilities(case.requests)
-        ours = self.named(dict(method.recorder.tensors))
-        return {"logprob_before": before, "logprob_after": after, **self._deltas(stage, edit.changes), **ours}
+        ours = {**self._deltas(stage, edit.changes), **self.named(dict(method.recorder.tensors))}
+        return {"logprob_before": before, "logprob_after": after, **ours, **self.remembered(stage, method, case)}
 
     def _deltas(self, stage: Stage, changes: Sequence[Any]) -> Tensors:
         """Changes of weights under both names in use: `delta_W` of one layer, `layer<i>.delta_W` of several."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from manyedits.methods.base import EditMethod
 from manyedits.methods.emmet import Emmet
 from manyedits.methods.solve import Factored, equality
-from parity_methods.edits import Hparams
+from parity_methods.edits import Hparams, Tensors
 from parity_methods.memit import SpreadAdapter
 from parity_methods.stage import Stage, spread_params
 
@@ -27,9 +27,9 @@ class EmmetAdapter(SpreadAdapter):
         )
         return Emmet(params)
 
-    def right(self, hparams: Hparams, moment: Tensor, keys: Tensor) -> Tensor:
-        weighted = hparams["mom2_update_weight"] * moment.double()
-        weighted += hparams["update_norm_lambda"] * torch.eye(len(moment), dtype=torch.float64)
+    def right(self, stage: Stage, hparams: Hparams, site: str, keys: Tensor, theirs: Tensors) -> Tensor:
+        weighted = hparams["mom2_update_weight"] * stage.golden.moments[site].double()
+        weighted += hparams["update_norm_lambda"] * torch.eye(len(weighted), dtype=torch.float64)
         damping = hparams["emmet_lambda"] if keys.shape[1] > 1 else 0.0
         return equality(Factored(weighted), keys, damping)
 

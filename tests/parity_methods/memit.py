@@ -23,8 +23,8 @@ class SpreadAdapter(EditAdapter):
     closed: ClassVar[float] = CLOSED  # tolerance of the closed form alone
 
     @abstractmethod
-    def right(self, hparams: Hparams, moment: Tensor, keys: Tensor) -> Tensor:
-        """The right factor (inner, n) for recorded keys (inner, n), on a model without earlier edits."""
+    def right(self, stage: Stage, hparams: Hparams, site: str, keys: Tensor, theirs: Tensors) -> Tensor:
+        """The right factor (inner, n) for recorded keys (inner, n) at a site."""
 
     def rules(self, hparams: Hparams) -> Sequence[Rule]:
         first = hparams["layers"][0]
@@ -49,7 +49,7 @@ class SpreadAdapter(EditAdapter):
         for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
             if {"z", *(f"layer{layer}.{name}" for name in ("K", "cur_z", "delta_W"))} <= theirs.keys():
                 site = stage.model.mlp_out(layer)
-                right = self.right(hparams, stage.golden.moments[site], theirs[f"layer{layer}.K"].T)
+                right = self.right(stage, hparams, site, theirs[f"layer{layer}.K"].T, theirs)
                 missing = (theirs["z"] - theirs[f"layer{layer}.cur_z"]).double() / left
                 yield f"layer{layer}.delta_W", stage.stored(f"{site}.weight", missing.T @ right.T), self.closed
 
@@ -60,8 +60,8 @@ class MemitAdapter(SpreadAdapter):
     def make(self, stage: Stage, hparams: Hparams) -> EditMethod:
         return Memit(Memit.Params(**spread_params(stage, hparams), weight=hparams["mom2_update_weight"]))
 
-    def right(self, hparams: Hparams, moment: Tensor, keys: Tensor) -> Tensor:
-        return Factored(moment).spread(keys, hparams["mom2_update_weight"])
+    def right(self, stage: Stage, hparams: Hparams, site: str, keys: Tensor, theirs: Tensors) -> Tensor:
+        return Factored(stage.golden.moments[site]).spread(keys, hparams["mom2_update_weight"])
 
 
 ADAPTER = MemitAdapter()

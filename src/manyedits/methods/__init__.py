@@ -11,6 +11,7 @@ METHODS = Registry(
         "r-rome": "manyedits.methods.r_rome:RRome",
         "memit": "manyedits.methods.memit:Memit",
         "emmet": "manyedits.methods.emmet:Emmet",
+        "alphaedit": "manyedits.methods.alphaedit:AlphaEdit",
         "ft-l": "manyedits.methods.ft:FtL",
         "ft-m": "manyedits.methods.ft:FtM",
     },
