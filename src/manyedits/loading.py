@@ -174,7 +174,7 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer in {folder} gives no character offsets.", "Add its tokenizer.json.")
     # Without its files a tokenizer is made all the same, with nothing but special tokens in it.
-    if not set(tokenizer("A word.", add_special_tokens=False)["input_ids"]) - set(tokenizer.all_special_ids):
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
         raise UserError(f"The tokenizer in {folder} has no vocabulary.", "Add its tokenizer.json.")
     return tokenizer  # type: ignore[no-any-return]
 
