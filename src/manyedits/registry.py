@@ -36,11 +36,20 @@ class Registry:
             return getattr(importlib.import_module(module), attribute)
         foreign = self._foreign()
         if name in foreign:
-            return foreign[name].load()
+            return self._load_foreign(foreign[name])
         raise UserError(
             f"There is no {self.kind} `{name}`.{near_miss(name, self.names())}",
             f"Known: {', '.join(self.names())}.",
         )
+
+    def _load_foreign(self, entry: EntryPoint) -> Any:
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"The {self.kind} `{entry.name}` of another package ({entry.value}) cannot be loaded: {error}.",
+                "Install that package again, or ask its authors.",
+            ) from error
 
     def _foreign(self) -> dict[str, EntryPoint]:
         return {e.name: e for e in entry_points(group=self._group)} if self._group else {}
