@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from manyedits.model import EditableModel
 from manyedits.progress import Progress
 from manyedits.rundir import RunDir
 from manyedits.trajectory import Trajectory
+
+
+#: How many texts of the corpus benchmarks may read.
+VITAL_TEXTS = 100
 
 
 def cell_of(run: RunDir) -> Experiment:
@@ -108,5 +113,6 @@ def setting_of(cell: Experiment, requests: Sequence[Request], options: Options) 
         limit_items=cell.limit_items,
         max_new_tokens=cell.max_new_tokens,
         chat=cell.chat,
+        texts=() if (corpus := corpus_of(cell)) is None else tuple(islice(corpus.texts(), VITAL_TEXTS)),
         data_dir=None if options.data_dir is None else str(options.data_dir),
     )

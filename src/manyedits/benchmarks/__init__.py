@@ -16,6 +16,7 @@ BENCHMARKS = Registry(
     "benchmark",
     {
         "edits": "manyedits.benchmarks.edits:Edits",
+        "vitals": "manyedits.benchmarks.vitals:Vitals",
     },
     "manyedits.benchmarks",
 )

@@ -27,6 +27,7 @@ class Setting:
     limit_items: int | None = None  # the most items of a task
     max_new_tokens: int | None = None  # the longest generated answer, in tokens
     chat: str = "auto"
+    texts: tuple[str, ...] = ()  # the first texts of the statistics corpus
     data_dir: str | None = None  # where benchmark files lie, when they do not come from the hub
 
 

@@ -1,20 +1,22 @@
-"""Teaching a small model to keep what it knows of a subject at the subject: interchange interventions.
+"""Teaching a small model to look facts up at the subject, in its early MLPs: interchange interventions.
 
 Left alone, a model of this size carries the subject's identity to the end of the prompt and looks the fact up there, so that
 a method which writes at the subject's last token has no lever (measured: with the state there exchanged for another
-subject's, 2 % of answers follow). Large models look facts up at the subject, in early layers. So does the miniature when it
-is trained on exchanges too (interchange intervention training, Geiger et al. 2022, arXiv:2112.00826): in one pass over
-pairs of facts of one relation, the state after block ``site`` at the one subject's last token takes the other's place, and
-the answer to be learnt is the other subject's.
+subject's, 2 % of answers follow). Large models look facts up at the subject, in early MLPs. So does the miniature when it is
+trained on exchanges too (interchange intervention training, Geiger et al. 2022, arXiv:2112.00826): in one pass over pairs of
+facts of one relation, what stands at the one subject's last token takes the other's place, and the answer to be learnt is the
+other subject's. Half of the exchanges are of the state after block ``site``, half of what the MLPs up to it add: exchanging
+states alone leaves those MLPs empty, since the word's embedding then does for a state.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from manyedits.hooks import hooked_output
@@ -34,7 +36,8 @@ class Swaps:
         seed: int,
     ) -> None:
         self.model, self.tokenizer, self.pairs = model, tokenizer, pairs
-        self.block = model.model.layers[site]
+        early = model.model.layers[: site + 1]
+        self.kinds: list[list[nn.Module]] = [[early[-1]], [block.mlp for block in early]]
         self.generator = random.Random(f"swaps {seed}")
         self.relations = {relation: [f for f in world.facts if f.relation == relation] for relation in world.objects}
         self.names = list(self.relations)
@@ -54,7 +57,9 @@ class Swaps:
             swapped[rows, subject] = out[partner, subject[partner]]
             return swapped
 
-        with hooked_output(self.block, exchange):
+        with ExitStack() as hooks:
+            for module in self.generator.choice(self.kinds):
+                hooks.enter_context(hooked_output(module, exchange))
             logits = self.model(input_ids=ids, use_cache=False).logits[rows, last]
         wanted = [self._word(facts[i].object) for i in partner.tolist()]
         return torch.nn.functional.cross_entropy(logits, torch.tensor(wanted))
