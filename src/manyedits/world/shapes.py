@@ -21,7 +21,7 @@ class Shape:
 
 
 SHAPES = {
-    "s": Shape(width=64, inner=192, layers=4, heads=4, base=1.5, instruct=0.5, site=1),
+    "s": Shape(width=64, inner=192, layers=4, heads=4, base=3.0, instruct=0.5, site=1),
     "m": Shape(width=128, inner=384, layers=6, heads=4, base=1.5, instruct=0.4, site=2),
     "l": Shape(width=192, inner=640, layers=8, heads=6, base=1.0, instruct=0.25, site=3),
 }
