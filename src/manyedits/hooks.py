@@ -70,7 +70,7 @@ def capture(
 
     with ExitStack() as stack, torch.no_grad():
         for path, side in wanted.items():
-            stack.enter_context(_watching(hf.get_submodule(path), side, partial(keep, path)))
+            stack.enter_context(watching(hf.get_submodule(path), side, partial(keep, path)))
         # A pass that is cut short is not an error: all that was wanted has been seen.
         with suppress(_Enough):
             hf(**batch, use_cache=False, logits_to_keep=1)
@@ -78,9 +78,12 @@ def capture(
 
 
 @contextmanager
-def _watching(module: nn.Module, side: Side, see: Callable[[Tensor], None]) -> Iterator[None]:
+def watching(module: nn.Module, side: Side, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show a module's input or output to ``see`` while inside."""
     if side == "in":
-        handle = module.register_forward_pre_hook(lambda m, args: see(args[0]))
+        handle = module.register_forward_pre_hook(
+            lambda m, args, kwargs: see(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
     else:
         handle = module.register_forward_hook(lambda m, args, out: see(output_of(out)))
     try:

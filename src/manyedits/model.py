@@ -110,6 +110,15 @@ class EditableModel:
         """The path of the projection whose weight locate-then-edit methods change; its input is the key."""
         return f"{self.block(layer)}.{self.arch.mlp_out}"
 
+    def attn_out(self, layer: int) -> str:
+        """The path of the projection out of attention."""
+        if not self.arch.attn_out:
+            raise UserError(
+                f"No projection out of attention is known for {self.hf.config.model_type}.",
+                "Add it to the architecture's row in arch.py, or choose a method that changes MLPs only.",
+            )
+        return f"{self.block(layer)}.{self.arch.attn_out}"
+
     def returns_tuple(self) -> bool:
         """Whether this family's blocks return a tuple, found by running one token through the first block."""
         if self._tuple is None:

@@ -20,6 +20,7 @@ MODULES = {
     "memit": "parity_methods.memit",
     "emmet": "parity_methods.emmet",
     "alphaedit": "parity_methods.alphaedit",
+    "pmet": "parity_methods.pmet",
     "easyedit_bos": "parity_methods.easyedit_bos",
 }
 

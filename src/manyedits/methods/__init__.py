@@ -10,6 +10,7 @@ METHODS = Registry(
         "rome": "manyedits.methods.rome:Rome",
         "r-rome": "manyedits.methods.r_rome:RRome",
         "memit": "manyedits.methods.memit:Memit",
+        "pmet": "manyedits.methods.pmet:Pmet",
         "emmet": "manyedits.methods.emmet:Emmet",
         "alphaedit": "manyedits.methods.alphaedit:AlphaEdit",
         "ft-l": "manyedits.methods.ft:FtL",
