@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import tiny
 import torch
 
+import tiny
 from manyedits.benchmarks.base import Score, Setting
 from manyedits.benchmarks.vitals import Vitals
 from manyedits.changes import Dense
