@@ -26,7 +26,6 @@ from manyedits.progress import Progress
 from manyedits.rundir import RunDir
 from manyedits.trajectory import Trajectory
 
-
 #: How many texts of the corpus benchmarks may read.
 VITAL_TEXTS = 100
 

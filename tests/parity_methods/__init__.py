@@ -21,6 +21,7 @@ MODULES = {
     "emmet": "parity_methods.emmet",
     "alphaedit": "parity_methods.alphaedit",
     "pmet": "parity_methods.pmet",
+    "ft": "parity_methods.ft",
     "easyedit_bos": "parity_methods.easyedit_bos",
 }
 

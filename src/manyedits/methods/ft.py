@@ -92,12 +92,15 @@ class FtL(EditMethod):
         weights = {name: value.clone().requires_grad_(True) for name, value in start.items()}
         decay = self.params.weight_decay
         optimiser = torch.optim.Adam(weights.values(), lr=self.params.step_size, weight_decay=decay)
-        mean = float("nan")
+        mean, seen = float("nan"), []
         for _ in range(self.params.steps):
-            losses = [self._step(model, tail, chunk, weights, start, optimiser) * chunk.count for chunk in chunks]
-            mean = sum(losses) / sum(chunk.count for chunk in chunks)
+            losses = [self._step(model, tail, chunk, weights, start, optimiser) for chunk in chunks]
+            seen += losses
+            weighted = sum(loss * chunk.count for loss, chunk in zip(losses, chunks, strict=True))
+            mean = weighted / sum(chunk.count for chunk in chunks)
             if mean < self.params.stop_below:
                 break
+        self.record("losses", torch.tensor(seen))
         return {name: value.detach() for name, value in weights.items()}, mean
 
     def _step(
