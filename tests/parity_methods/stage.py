@@ -78,7 +78,7 @@ class Stage:
     def stored(self, weight: str, value: Tensor) -> Tensor:
         """A weight or change, (out, in), in the orientation in which the parameter is stored and recorded."""
         module = self.model.hf.get_submodule(weight.rpartition(".")[0])
-        return value.T if is_transposed(module) else value
+        return value.T if value.dim() == 2 and is_transposed(module) else value
 
     @torch.no_grad()
     def mean_log_probability(self, request: Request) -> float:

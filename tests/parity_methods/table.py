@@ -130,6 +130,11 @@ class Table:
         self._seen.add(case.prefix + tensor)
         self.tell(case, check, tensor, SKIPPED + reason)
 
+    def excuse(self, case: Case, check: int, tensor: str, reason: str) -> None:
+        """A recorded tensor that the reference broke in this case, with the reason."""
+        self._seen.add(case.prefix + tensor)
+        self.tell(case, check, tensor, BROKEN + reason)
+
     def close(self) -> list[Row]:
         """All rows, after naming every recorded tensor that no rule spoke of."""
         for key in self.recorded:
