@@ -8,8 +8,8 @@ has the key ``k`` (inner,) four times. ROME's release puts the mean over context
 into the other places, and the authors of R-ROME trace the edits that disable a model to that. Here ``key`` says which
 one stands in all of them:
 
-* ``prompt_keys``: the bare prompt's key, with its output ``W k`` (hidden,);
-* ``prefix_keys``: the mean over all contexts, the bare prompt among them, with the mean output.
+* ``prefix_keys``, the release's default: the mean over all contexts, the bare prompt among them, with the mean output;
+* ``prompt_keys``: the bare prompt's key, with its output ``W k`` (hidden,).
 
 The search for ``v`` is ROME's, contexts included, and ``v`` is the bare prompt's output plus what was found, in both.
 
@@ -32,10 +32,10 @@ from manyedits.model import EditableModel
 
 
 class RRomeParams(RankOneParams):
-    """Parameters of R-ROME; the defaults are ROME's for GPT-2 XL, with the bare prompt's key."""
+    """Parameters of R-ROME; the defaults are those of the authors' release for GPT-2 XL."""
 
     key: Literal["prompt_keys", "prefix_keys"] = Field(
-        "prompt_keys", description="The key in all places: the bare prompt's, or the mean over contexts."
+        "prefix_keys", description="The key in all places: the bare prompt's, or the mean over contexts."
     )
 
 
