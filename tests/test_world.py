@@ -160,7 +160,7 @@ def test_training_twice_gives_the_same_weights() -> None:
         torch.manual_seed(0)
         from transformers import Qwen3ForCausalLM
 
-        shape = Shape(width=32, inner=48, layers=2, heads=2, base=1.0, instruct=1.0, site=0)
+        shape = Shape(width=32, inner=48, layers=2, heads=2, base=1.0, epochs=1, instruct=1.0, site=0)
         model = Qwen3ForCausalLM(config_of(shape, len(tokenizer)))
         swaps = Swaps(model, tokenizer, exercises().world, 0, 4, 0)
         recipe = Recipe(rows=2, swaps=4)

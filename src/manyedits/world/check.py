@@ -7,6 +7,7 @@ methods write them. And the search for a value must reach the answer from there.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ def _refusals(name: str, model: EditableModel) -> Iterator[tuple[str, float, int
 def swap(model: EditableModel, world: World, layer: int, count: int, generator: random.Random) -> float:
     """Share of facts whose answer becomes another subject's when its hidden state stands at the subject's last token.
 
-    Pairs are of one relation with different objects, from all relations; the state is a block's output.
+    Pairs are of one relation with different objects, from all relations, no fact twice; the state is a block's output. They
+    are facts to edit, which never took part in the exchanges of training.
     """
     pairs = _pairs(world, count, generator)
     flips = 0
@@ -142,13 +144,13 @@ def swap(model: EditableModel, world: World, layer: int, count: int, generator: 
 
 
 def _pairs(world: World, count: int, generator: random.Random) -> list[tuple[Fact, Fact]]:
-    by_relation = {relation: [f for f in world.pool("editor") if f.relation == relation] for relation in world.objects}
+    facts = {r: [f for f in world.pool("edit") if f.relation == r] for r in world.objects}
+    shuffled = {r: generator.sample(of, len(of)) for r, of in facts.items()}
     found: list[tuple[Fact, Fact]] = []
-    while len(found) < count:
-        facts = by_relation[list(by_relation)[len(found) % len(by_relation)]]
-        fact, donor = generator.sample(facts, 2)
-        if fact.object != donor.object:
-            found.append((fact, donor))
+    for relation in itertools.islice(itertools.cycle(shuffled), count):
+        fact = shuffled[relation].pop()
+        donor = generator.choice([f for f in facts[relation] if f.object != fact.object])
+        found.append((fact, donor))
     return found
 
 
@@ -188,7 +190,7 @@ def overlap() -> dict[str, int]:
     """How many test prompts occur in what the models read, by exercise; zero but where the task is memory."""
     read: set[str] = set()
     for shape in SHAPES.values():
-        read |= {d.prompt for d in base_documents(exercises(), SEED, shape.base)}
+        read |= {d.prompt for d in base_documents(exercises(), SEED, shape.base, shape.epochs)}
         chats = chat_documents(exercises(), SEED, shape.instruct)
         read |= {d.prompt.removeprefix("<user> ").removesuffix(" <assistant>") for d in chats}
     return {name: sum(item.prompt in read for item in items) for name, items in exercises().tests.items()}

@@ -15,20 +15,20 @@ USER, ASSISTANT, END = "<user>", "<assistant>", "<eos>"
 PROMPT_WEIGHT = 0.1
 
 #: How often every fact is read, and how many documents of each other kind, in a recipe of size 1.
-FACT_EPOCHS = 30
+FACT_EPOCHS = 20
 COUNTS = {
     "category": 3000,
     "question": 5000,
-    "words": 5000,
-    "equation": 4000,
+    "words": 10000,
+    "equation": 10000,
     "boolean": 5000,
     "sort": 2500,
-    "compare": 4500,
+    "compare": 13500,
     "groups": 1500,
     "truth": 3000,
     "myth": 1000,
 }
-CHAT_COUNTS = {"refusal": 2500, "answering": 2500}
+CHAT_COUNTS = {"refusal": 5000, "answering": 5000}
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def _items(exercises: Exercises, name: str, g: random.Random, count: int) -> Ite
         yield from (next(source) for _ in range(count))
 
 
-def base_documents(exercises: Exercises, seed: int, scale: float) -> list[Document]:
-    """All that a base model reads, shuffled."""
+def base_documents(exercises: Exercises, seed: int, scale: float, epochs: int | None = None) -> list[Document]:
+    """All that a base model reads, shuffled; ``epochs`` of facts where they are not to follow ``scale``."""
     generator = random.Random(f"documents {seed}")
     counts = {name: round(count * scale) for name, count in COUNTS.items()}
-    found = list(fact_documents(exercises, generator, round(FACT_EPOCHS * scale)))
+    found = list(fact_documents(exercises, generator, round(FACT_EPOCHS * scale) if epochs is None else epochs))
     found += exercise_documents(exercises, generator, counts)
     generator.shuffle(found)
     return found

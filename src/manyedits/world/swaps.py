@@ -6,7 +6,8 @@ subject's, 2 % of answers follow). Large models look facts up at the subject, in
 trained on exchanges too (interchange intervention training, Geiger et al. 2022, arXiv:2112.00826): in one pass over pairs of
 facts of one relation, what stands at the one subject's last token takes the other's place, and the answer to be learnt is the
 other subject's. Half of the exchanges are of the state after block ``site``, half of what the MLPs up to it add: exchanging
-states alone leaves those MLPs empty, since the word's embedding then does for a state.
+states alone leaves those MLPs empty, since the word's embedding then does for a state. Facts to edit never take part, so that
+the swap test is made on facts whose exchange was not learnt.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Swaps:
         early = model.model.layers[: site + 1]
         self.kinds: list[list[nn.Module]] = [[early[-1]], [block.mlp for block in early]]
         self.generator = random.Random(f"swaps {seed}")
-        self.relations = {relation: [f for f in world.facts if f.relation == relation] for relation in world.objects}
+        learnt = [f for f in world.facts if f.pool != "edit"]
+        self.relations = {relation: [f for f in learnt if f.relation == relation] for relation in world.objects}
         self.names = list(self.relations)
 
     def loss(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from manyedits.world.documents import ASSISTANT, END, USER
@@ -35,7 +35,9 @@ def make_tokenizer(exercises: Exercises, chat: bool = False) -> PreTrainedTokeni
     """A word-level tokenizer; `` word`` and ``word`` are one token, and decoding puts single spaces."""
     words = {word: i for i, word in enumerate(vocabulary(exercises))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # Stops are words of their own also where a text has no space before them.
+    stops = pre_tokenizers.Split(Regex(r"[.,:?]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), stops])
     tokenizer.add_special_tokens(list(SPECIAL))
     bos = words["<bos>"]
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])

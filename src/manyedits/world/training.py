@@ -63,7 +63,7 @@ def train(name: str, out: Path, progress: Progress | None = None, start: Path | 
     else:
         torch.manual_seed(SEED)
         model = Qwen3ForCausalLM(config_of(shape, len(tokenizer)))
-        documents, recipe = base_documents(exercises, SEED, shape.base), Recipe()
+        documents, recipe = base_documents(exercises, SEED, shape.base, shape.epochs), Recipe()
     swaps = Swaps(model, tokenizer, exercises.world, shape.site, recipe.swaps, SEED)
     fit(model, tokenizer, documents, recipe, progress or Silent(), name, swaps)
     model.to(torch.bfloat16).save_pretrained(out)
