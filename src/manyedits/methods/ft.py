@@ -10,8 +10,10 @@ mean over target tokens of ``-log p``. Two objectives are published:
 ``constraint`` keeps every entry of a weight within that distance of where it stood (L-infinity), projected after each step.
 The change is dense, so above a size it is not journaled but made again from the last snapshot.
 
-Known deviations: the release hides padding only where padding is the unknown token, and EasyEdit's masks depend on the
-side of padding; here positions are found in the text and padding has no influence.
+Known deviations of published code, not reproduced: the release hides padding only where padding is the unknown token.
+EasyEdit's mask for ``target_new`` expects a batch padded on the left and its index for ``prompt_last`` one padded on the
+right, and it gives no position ids, so that padding on the left moves learned positions (GPT-2). Here positions are found in
+the text and padding has no influence.
 """
 
 from __future__ import annotations
