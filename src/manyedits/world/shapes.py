@@ -22,8 +22,8 @@ class Shape:
 
 
 SHAPES = {
-    "s": Shape(width=64, inner=192, layers=4, heads=4, base=1.5, epochs=30, instruct=0.35, site=1),
-    "m": Shape(width=128, inner=384, layers=6, heads=4, base=1.25, epochs=36, instruct=0.25, site=2),
+    "s": Shape(width=64, inner=192, layers=4, heads=4, base=1.5, epochs=30, instruct=0.7, site=1),
+    "m": Shape(width=128, inner=384, layers=6, heads=4, base=1.25, epochs=36, instruct=0.5, site=2),
     "l": Shape(width=192, inner=640, layers=8, heads=6, base=0.8, epochs=24, instruct=0.15, site=3),
 }
 
