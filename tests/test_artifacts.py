@@ -95,8 +95,9 @@ def test_the_folder_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_store_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written") as caught:
         Artifacts(tmp_path / "file").get_or_build("moments", {"a": 1}, Builder())
+    assert "MANYEDITS_CACHE" in caught.value.hint
 
 
 def test_a_damaged_artifact_is_named(tmp_path: Path) -> None:

@@ -96,6 +96,28 @@ def test_cells_that_only_differ_in_parameters_get_different_folders(home: Path) 
     assert len(folders) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"method": [{"name": "rome", "preset": "tiny", "layer": i} for i in (0, 1)]}, ["rome-layer0", "rome-layer1"]),
+        (
+            {"method": ["memit", *({"name": "rome", "preset": "tiny", "value": {"steps": i}} for i in (4, 5))]},
+            ["memit", "rome-value.steps4", "rome-value.steps5"],
+        ),
+        ({"method": ["rome", {"name": "rome", "preset": "tiny"}]}, ["rome", "rome-tiny"]),
+        ({"model": ["a/x", "b/x", "b/y@main"]}, ["a-x", "b-x", "y"]),
+        ({"model": ["o/x@1", "o/x@2"]}, ["cell-1", "cell-2"]),
+    ],
+)
+def test_folders_say_what_differs(home: Path, change: dict[str, Any], wanted: list[str]) -> None:
+    assert [folder.name for folder in read(home, **change).folders(Options(out=home / "out"))] == wanted
+
+
+def test_a_grid_with_the_same_cell_twice_is_refused(home: Path) -> None:
+    with pytest.raises(UserError, match="the same cell twice"):
+        read(home, batch=[1, 1])
+
+
 def test_one_cell_needs_no_folder_of_its_own(home: Path) -> None:
     study = read(home)
     assert list(study.folders(Options(out=home / "out"))) == [home / "out"]

@@ -68,6 +68,53 @@ def test_neighbours_without_answers_are_not_dropped_in_silence(tmp_path: Path) -
         load_requests("counterfact", write(tmp_path / "a.json", [record]))
 
 
+def test_two_facts_may_not_share_an_id(tmp_path: Path) -> None:
+    one = {"id": "a", "subject": "Anna", "prompt": "{} speaks", "target": "Dutch"}
+    with pytest.raises(UserError, match="The id `a` belongs to 2 different records"):
+        load_requests("own", write(tmp_path / "a.json", [one, {**one, "subject": "Boris"}]))
+    assert len(load_requests("own", write(tmp_path / "b.json", [one, one]))) == 1
+    ids = [r.id for r in load_requests("own", write(tmp_path / "c.json", [{**one, "id": i} for i in (None, 7)]))]
+    assert ids in (["1"], ["7"]), "a repeated fact is dropped; a missing id is the record's place"
+    with pytest.raises(UserError, match=r"the field `id` is \[1\]"):
+        load_requests("own", write(tmp_path / "d.json", [{**one, "id": [1]}]))
+
+
+@pytest.mark.parametrize("name", ["subject", "target", "id", "relation", "paraphrases"])
+def test_half_a_character_is_no_text(tmp_path: Path, name: str) -> None:
+    record = {"id": "a", "subject": "Anna", "prompt": "{} speaks", "target": "Dutch", name: "A\ud800"}
+    with pytest.raises(UserError, match=f"line 1: the field `{name}` holds half of a character"):
+        load_requests("own", write(tmp_path / "a.json", [record]))
+
+
+def test_a_relation_is_a_text(tmp_path: Path) -> None:
+    record = {**ORIGINAL, "requested_rewrite": {**ORIGINAL["requested_rewrite"], "relation_id": ["P19"]}}
+    with pytest.raises(UserError, match="the field `relation_id` is"):
+        load_requests("counterfact", write(tmp_path / "a.json", [record]))
+
+
+def test_paragraphs_end_at_blank_lines_of_every_kind(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\r\nline\r\n\r\ntwo\n \t\n three\n\n\n\nfour\n")
+    assert list(read_corpus(path).texts()) == ["one\nline", "two", "three", "four"]
+    path.write_text(" \n = A = \n \n = = B = = \n \n text \n \n = C = \n \n more \n \n = D = \n")
+    assert list(read_corpus(path).texts()) == ["= A =\n= = B = =\ntext", "= C =\nmore", "= D ="]
+
+
+def test_the_texts_of_the_shipped_experiment_are_many(shared: Path) -> None:
+    texts = list(read_corpus(shared / "data" / "wikitext2" / "valid.txt.gz").texts())
+    assert len(texts) > 500 and all("\n" in text or not text.startswith("=") for text in texts)
+
+
+def test_empty_lines_and_texts_of_json_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": " "}\n{"text": "b"}\n')
+    assert list(read_corpus(path).texts()) == ["a", "b"]
+    for wrong in ("null", "5", '"\\ud800"'):
+        path.write_text(f'{{"text": {wrong}}}\n')
+        with pytest.raises(UserError, match="line 1: no JSON object with a field `text`"):
+            read_corpus(path)
+
+
 def test_the_real_file_is_read_whole(shared: Path) -> None:
     path = shared / "data" / "counterfact" / "counterfact_500_full.json"
     requests = load_requests("counterfact", path, order="file", conflicts="keep")

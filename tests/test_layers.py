@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 #: Lower numbers may not import higher ones. A folder's number stands for its files.
 LEVELS = {
     "errors": 0, "registry": 0, "progress": 0, "stats": 0,
-    "rundir": 1, "config": 1, "arch": 1, "data": 1, "artifacts": 2, "results": 2, "report": 3, "bars": 1,
+    "complaints": 0, "rundir": 1, "config": 1, "arch": 1, "data": 1, "artifacts": 2, "results": 2, "report": 3, "bars": 1,
     "tokens": 3, "hooks": 3, "changes": 3, "model": 4, "loading": 5,
     "prefix": 4, "encoding": 5, "cache": 5, "decoding": 6, "lm": 7,
     "methods": 9, "benchmarks": 9, "scores": 10, "trajectory": 10,

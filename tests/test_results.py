@@ -78,6 +78,15 @@ def test_a_report_has_a_table_per_figure(tmp_path: Path) -> None:
         assert len(bars) <= 1, "every line of a table has as many cells"
 
 
+def test_runs_that_differ_in_parameters_are_told_apart(tmp_path: Path) -> None:
+    methods = [{"name": "rome", "layer": layer} for layer in (0, 1)]
+    folders = [written(tmp_path / f"rome-layer{m['layer']}", scored=2, method=m) for m in methods]
+    text = markdown(folders)
+    for folder in folders:
+        assert text.count(f"| rome [{folder.name}] (tiny) |") == 2
+        assert f"*rome [{folder.name}]: not measured yet" in text
+
+
 def test_runs_are_found_here_and_one_level_below(tmp_path: Path) -> None:
     one, other = written(tmp_path / "study" / "a"), written(tmp_path / "study" / "b")
     assert find_runs([tmp_path / "study"]) == [one, other] == find_runs([one, other, one])

@@ -76,7 +76,7 @@ class Artifacts:
             logger.warning("waiting for another process that is making %s", place.name)
             lock.acquire()
         except OSError as error:
-            raise rundir.refused(place, error) from error
+            raise rundir.refused(place, error, "Set MANYEDITS_CACHE to a folder that can be written.") from error
         try:
             yield
         finally:

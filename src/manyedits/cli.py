@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from manyedits.config import Options, load_study
+from manyedits.config import Options
 from manyedits.errors import UserError
 from manyedits.progress import Lines, Progress
 from manyedits.world.commands import app as world
@@ -34,6 +34,9 @@ DataDir = Annotated[Path | None, typer.Option(help="Local folder with benchmark 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model's own code run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
 
+
+#: The exit code of a stopped command. The parser turns Ctrl-C into it without a word.
+STOPPED = 130
 
 #: What the parser raises for a wrong option; typer names only its subclass.
 USAGE_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -59,6 +62,8 @@ def guarded(command: Callable[[], Any]) -> int:
     """The exit code of a command: 0 done, 1 the answer is no, 2 the user can mend it, 3 a bug, 130 stopped."""
     try:
         code = command()
+        if code == STOPPED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except UserError as error:
         say(f"Error: {error.what}" + (f"\n{error.hint}" if error.hint else ""), error=True)
@@ -70,7 +75,7 @@ def guarded(command: Callable[[], Any]) -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         say("\nStopped. Run the same command again to go on.", error=True)
-        return 130
+        return STOPPED
     except Exception:  # a bug of ours: show where it happened
         import traceback
 
@@ -101,9 +106,12 @@ def watching() -> Progress:
 @app.command()
 def plan(experiment: ExperimentFile, out: Out = None, device: Device = "cpu", as_json: Json = False) -> None:
     """Check an experiment and say what will run, with how much memory and disk. Loads no weights."""
+    from manyedits.checks import check_options, read_study
     from manyedits.planning import as_text, plan_study
 
-    planned = plan_study(load_study(experiment), Options(out=out, device=device))
+    options = Options(out=out, device=device)
+    check_options(options)
+    planned = plan_study(read_study(experiment), options)
     say(json.dumps(planned, indent=1, default=str) if as_json else as_text(planned))
 
 
@@ -116,11 +124,13 @@ def run(
     trust_remote_code: Trust = False,
 ) -> None:
     """Edit, measure, report. Can be stopped at any moment; run it again to go on."""
-    study = load_study(experiment)
     from manyedits import runner
+    from manyedits.checks import check_options, read_study
     from manyedits.report.markdown import markdown
 
     options = Options(out=out, device=device, data_dir=data_dir, trust_remote_code=trust_remote_code)
+    check_options(options)
+    study = read_study(experiment)
     folders = runner.run(study, options, watching())
     say(markdown(folders))
     say(f"Report: {study.out(options) / 'report.md'}")
@@ -144,10 +154,13 @@ def report(runs: Runs, as_json: Json = False) -> None:
 @app.command()
 def verify(runs: Runs, device: Device = "cpu", as_json: Json = False) -> None:
     """Check chain, files and replay of run directories. Exit code 1 when something does not hold."""
+    from manyedits.checks import check_options
     from manyedits.results import find_runs
     from manyedits.verify import verify as check
 
-    found = {str(folder): check(folder, Options(device=device)) for folder in find_runs(runs)}
+    options = Options(device=device)
+    check_options(options)
+    found = {str(folder): check(folder, options) for folder in find_runs(runs)}
     if as_json:
         say(json.dumps(found, indent=1))
     else:

@@ -14,22 +14,37 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from manyedits.errors import Mistakes, UserError
-from manyedits.registry import near_miss
+from manyedits import complaints
+from manyedits.complaints import no_values
+from manyedits.errors import Mistakes, UserError, raise_all
+from manyedits.registry import near_miss, nearest
 
-Count = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[int, Field(ge=1, strict=True)]
+#: Larger numbers do not fit into the generators and counters of torch.
+MOST = 2**63 - 1
+
+Count = Annotated[int, Field(ge=0, le=MOST, strict=True)]
+Positive = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+Threads = Annotated[int, Field(ge=1, le=1024, strict=True)]
 
 
 class Part(BaseModel):
     """A part of an experiment: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, value: Any) -> Any:
+        """A key without a value, ``seed:`` or ``seed: null``, means its default."""
+        if not isinstance(value, Mapping):
+            return value
+        return {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
 
 
 class MethodSpec(Part):
@@ -78,7 +93,7 @@ class Experiment(Part):
     benchmarks: tuple[str, ...] = Field(("edits",), description="What is measured; `manyedits list benchmarks`.")
     seed: Count = Field(0, description="Seed of everything random but the order of the data. Integer.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="The type the model runs in.")
-    threads: Positive = Field(1, description="Threads of editing and scoring on the CPU. Count.")
+    threads: Threads = Field(1, description="Threads of editing and scoring on the CPU. Count.")
     conflicts: Literal["refuse", "keep", "last"] = Field("refuse", description="What becomes of conflicting requests.")
     chat: Literal["auto", "off"] = Field("auto", description="Whether instruct models are asked in their chat form.")
     statistics: StatisticsSpec | None = Field(
@@ -149,6 +164,23 @@ class Study:
         return dict(zip(places, self.cells, strict=True))
 
 
+#: A cell whose form is sound but for some keys, which have stand-ins; and the names of those.
+Sound = tuple[Experiment, frozenset[str]]
+
+FIELDS = tuple(Experiment.model_fields)
+STAND_INS: Mapping[str, Any] = MappingProxyType(
+    {"model": "-", "method": {"name": "-"}, "data": {"name": "-"}, "checkpoints": (0,)}
+)
+
+
+class FormMistakes(Mistakes):
+    """What is wrong in the form of an experiment file; ``rest`` is what can be looked at all the same."""
+
+    def __init__(self, errors: Sequence[UserError], rest: Sequence[Sound]) -> None:
+        super().__init__(errors)
+        self.rest = tuple(rest)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -162,18 +194,32 @@ def study_of(content: Any, text: str, path: Path) -> Study:
     """A study out of the file's content."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path} is no experiment: it holds {type(content).__name__}.", "Write `key: value` lines.")
+    raise_all([UserError(f"{path}: {what}.", "Write a text, a number, a list.") for what in no_values(content)])
     variants = list(_grid(content))
-    cells, mistakes = [], dict[str, UserError]()
-    for values in variants:
+    cells, mistakes, rest = [], dict[str, UserError](), list[Sound]()
+    for values in (_located(v, path.parent) for v in variants):
         try:
-            cells.append(Experiment(**_located(values, path.parent)))
+            cells.append(Experiment(**values))
+            rest.append((cells[-1], frozenset()))
         except ValidationError as error:
-            mistakes.update({str(e): e for e in _as_user_errors(error, path)})
-        except TypeError:
-            raise UserError(f"{path}: the keys must be names.", "Write `key: value` lines.") from None
+            mistakes.update({str(e): e for e in complaints.of_file(error, path, Experiment)})
+            rest += _what_is_sound(values, error)
     if mistakes:
-        raise Mistakes(list(mistakes.values()))
+        raise FormMistakes(list(mistakes.values()), rest)
+    if len({json.dumps(cell.facts(), sort_keys=True) for cell in cells}) < len(cells):
+        raise UserError(f"{path}: its lists give the same cell twice.", "Remove the repeated entry.")
     return Study(path.stem, text, tuple(cells), tuple(_labels(variants)), path.parent)
+
+
+def _what_is_sound(values: Mapping[str, Any], error: ValidationError) -> list[Sound]:
+    """A cell without its wrong keys, and which these are; a key that was misspelled counts as wrong."""
+    wrong = {str(e["loc"][0]) for e in error.errors()}
+    missed = {near for name in wrong - set(FIELDS) if (near := nearest(name, FIELDS)) and values.get(near) is None}
+    kept = {name: value for name, value in values.items() if name not in wrong}
+    try:
+        return [(Experiment(**{**STAND_INS, **kept}), frozenset(wrong | missed))]
+    except ValidationError:
+        return []
 
 
 def _text(path: Path) -> str:
@@ -257,8 +303,8 @@ def _labels(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(variants) == 1:
         return [""]
     columns = {
-        "model": [_short(v.get("model")) for v in variants],
-        "method": [_method_label(v.get("method")) for v in variants],
+        "model": _model_labels([v.get("model") for v in variants]),
+        "method": _method_labels([v.get("method") for v in variants]),
         "batch": [f"batch{v.get('batch', 1)}" for v in variants],
         "seed": [f"seed{(v.get('data') or {}).get('seed', 0)}" for v in variants],
     }
@@ -267,67 +313,35 @@ def _labels(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     return [label if labels.count(label) == 1 else f"{label}-{i + 1}" for i, label in enumerate(labels)]
 
 
-def _method_label(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return _short("-".join(str(v) for k, v in value.items() if k in ("name",)) or "method")
-    return _short(value)
+def _method_labels(values: Sequence[Any]) -> list[str]:
+    """A method's name, and what tells it from others of that name in the grid: ``memit-value.steps5``."""
+    flat = [dict(_flat(v)) if isinstance(v, Mapping) else {"name": v} for v in values]
+    return [_method_label(one, [other for other in flat if other["name"] == one["name"]]) for one in flat]
 
 
-def _short(value: Any) -> str:
-    text = str(value.get("random", "model")) if isinstance(value, Mapping) else str(value).split("@")[0].rstrip("/")
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text.rsplit("/", 1)[-1])[:60] or "x"
+def _method_label(one: Mapping[str, Any], namesakes: Sequence[Mapping[str, Any]]) -> str:
+    keys = dict.fromkeys(key for other in namesakes for key in other)
+    differing = [key for key in keys if any(other.get(key) != one.get(key) for other in namesakes)]
+    parts = [f"{'' if key == 'preset' else key}{one[key]}" for key in differing if key in one]
+    return _plain("-".join([str(one["name"]), *parts]))
 
 
-def _as_user_errors(error: ValidationError, path: Path) -> list[UserError]:
-    return [_as_user_error(e, path) for e in error.errors()]  # type: ignore[arg-type]
+def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, below in value.items():
+        if isinstance(below, Mapping):
+            yield from _flat(below, f"{above}{key}.")
+        else:
+            yield above + key, below
 
 
-def _as_user_error(found: Mapping[str, Any], path: Path) -> UserError:
-    place = ".".join(str(p) for p in found["loc"] if p not in ("str", "dict[str,any]"))
-    if found["type"] == "extra_forbidden":
-        parts: dict[str, type[Part]] = {"data": DataSpec, "method": MethodSpec, "statistics": StatisticsSpec}
-        known = parts.get(str(found["loc"][0]), Experiment) if len(found["loc"]) > 1 else Experiment
-        names = list(known.model_fields)
-        return UserError(
-            f"{path}: there is no key `{place}`.{near_miss(str(found['loc'][-1]), names)}",
-            f"Known: {', '.join(names)}.",
-        )
-    if found["type"] == "missing":
-        return UserError(f"{path}: the key `{place}` is missing.", "Every experiment needs it.")
-    message = str(found["msg"]).removeprefix("Value error, ")
-    return UserError(
-        f"{path}: `{place}` is {_shown(found.get('input'))}: {message[:1].lower()}{message[1:]}.", "Correct it."
-    )
+def _model_labels(values: Sequence[Any]) -> list[str]:
+    """A model's last name; with the folder it lies in where another has the same."""
+    texts = [str(v.get("random")) if isinstance(v, Mapping) else str(v).split("@")[0].rstrip("/") for v in values]
+    names = {text: text.rsplit("/", 1)[-1] for text in texts}
+    shared = {name for name in names.values() if list(names.values()).count(name) > 1}
+    return [_plain("/".join(t.split("/")[-2:]) if names[t] in shared else names[t]) for t in texts]
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def validate_params(
-    params: type[BaseModel], values: Mapping[str, Any], owner: str
-) -> tuple[BaseModel | None, list[UserError]]:
-    """Parameters of a method, or everything that is wrong with them."""
-    try:
-        return params(**values), []
-    except ValidationError as error:
-        return None, [_param_error(params, dict(e), owner) for e in error.errors()]
-    except TypeError as error:
-        return None, [UserError(f"The parameters of `{owner}` are unusable: {error}.", "Write `key: value` pairs.")]
-
-
-def _param_error(params: type[BaseModel], found: Mapping[str, Any], owner: str) -> UserError:
-    place = ".".join(str(p) for p in found["loc"])
-    if found["type"] == "extra_forbidden":
-        level: Any = params
-        for name in found["loc"][:-1]:
-            level = (
-                getattr(level.model_fields.get(name), "annotation", level) if hasattr(level, "model_fields") else level
-            )
-        names = list(getattr(level, "model_fields", params.model_fields))
-        return UserError(
-            f"Method `{owner}` has no parameter `{place}`.{near_miss(str(found['loc'][-1]), names)}",
-            f"Known: {', '.join(names)}.",
-        )
-    return UserError(f"Method `{owner}`: `{place}` is {_shown(found.get('input'))}: {found['msg']}.", "Correct it.")
+def _plain(text: str) -> str:
+    """A text as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:60] or "x"

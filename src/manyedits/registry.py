@@ -11,10 +11,16 @@ from typing import Any
 from manyedits.errors import UserError
 
 
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The closest choice, or an empty text."""
+    close = difflib.get_close_matches(str(word).lower(), [str(c) for c in choices], n=1, cutoff=0.5)
+    return close[0] if close else ""
+
+
 def near_miss(word: str, choices: Iterable[str]) -> str:
     """`` Did you mean `memit`?`` for the closest choice, or nothing."""
-    close = difflib.get_close_matches(str(word).lower(), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f" Did you mean `{close[0]}`?" if close else ""
+    close = nearest(word, choices)
+    return f" Did you mean `{close}`?" if close else ""
 
 
 class Registry:

@@ -6,13 +6,56 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from manyedits.config import Experiment
+from manyedits.config import Count, Experiment
 from manyedits.errors import UserError
-from manyedits.rundir import RunDir, read_json, read_lines
+from manyedits.rundir import RESTORE, RunDir, read_json, read_lines
+
+T = TypeVar("T")
+
+
+class _Strict(BaseModel):
+    """What a file of a run must hold; more may stand in it."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Line(_Strict):
+    step: Count
+    seconds: float
+
+
+class _Figure(_Strict):
+    metric: str
+    value: float | None
+    error: float | None
+    n: int
+    unscored: int
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+
+class _Score(_Strict):
+    benchmark: str
+    state: str
+    scores: list[_Figure]
+
+
+class _Resolved(BaseModel):
+    experiment: Experiment
+    digest: str
+    steps: Annotated[list[Count], Field(min_length=1)]
+    benchmarks: list[str]
+
+
+def _checked(path: Path, kind: type[T], content: Any) -> T:
+    """The content of a file as what it must be. Raises ``UserError`` for a file that was altered."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError:
+        raise UserError(f"{path} was altered or written by another program.", RESTORE) from None
 
 
 @dataclass(frozen=True)
@@ -70,30 +113,21 @@ def run_info(folder: Path) -> RunInfo:
         raise UserError(
             f"{folder} is no run directory: it has no resolved.json.", "Name a folder that `manyedits run` wrote."
         )
-    resolved = _resolved(run.resolved)
-    lines = read_lines(run.journal)
+    resolved = _checked(run.resolved, _Resolved, read_json(run.resolved))
+    lines = _checked(run.journal, list[_Line], read_lines(run.journal))
     made_by = read_json(run.provenance) if run.provenance.is_file() else {}
-    edited = lines[-1]["step"] if lines else 0
-    seconds = sum(line["seconds"] for line in lines)
+    edited = lines[-1].step if lines else 0
+    seconds = sum(line.seconds for line in lines)
     return RunInfo(
         folder,
-        resolved["experiment"],
-        resolved["digest"],
+        resolved.experiment.facts(),
+        resolved.digest,
         made_by,
         edited,
         seconds,
-        resolved["steps"],
-        resolved["benchmarks"],
+        resolved.steps,
+        resolved.benchmarks,
     )
-
-
-def _resolved(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    try:
-        Experiment(**content["experiment"])
-        return {name: content[name] for name in ("experiment", "digest", "steps", "benchmarks")}
-    except (KeyError, TypeError, ValidationError):
-        raise UserError(f"{path} was altered or written by another program.", "Restore it from a copy.") from None
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -112,7 +146,7 @@ def rows(folder: Path) -> list[Row]:
     """All figures of a run, by step, benchmark and metric."""
     info = run_info(folder)
     found = []
-    for path in sorted((folder / "scores").glob("*/*.json")):
+    for path in sorted((folder / "scores").glob("[0-9]*/*.json")):
         score = read_score(path)
         for s in score["scores"]:
             found.append(
@@ -136,12 +170,12 @@ def rows(folder: Path) -> list[Row]:
 def read_score(path: Path) -> dict[str, Any]:
     """One score file. Raises ``UserError`` when it is broken."""
     try:
-        score = dict(json.loads(path.read_bytes()))
-        if not {"benchmark", "state", "scores"} <= set(score):
-            raise ValueError("it is no score")
-        return score
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", "Delete it and run again; it is measured anew.") from None
+        score = json.loads(path.read_bytes())
+        _Score.model_validate(score)
+        return dict(score)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        what = "it is no score" if isinstance(error, ValidationError) else error
+        raise UserError(f"{path} cannot be read: {what}.", "Delete it and run again; it is measured anew.") from None
 
 
 def missing(info: RunInfo) -> list[tuple[int, str]]:

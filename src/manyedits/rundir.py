@@ -79,16 +79,17 @@ def _remove(path: Path) -> None:
         return  # it was never made, or the disk that refused the write refuses this too
 
 
-def refused(path: Path, error: OSError) -> UserError:
+#: What to do about a folder of a run that cannot be written.
+ELSEWHERE = "Choose another folder with `--out`, or correct its permissions; the run goes on from where it stands."
+
+
+def refused(path: Path, error: OSError, hint: str = ELSEWHERE) -> UserError:
     """What a refused write means to the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"The disk is full: {path} could not be written.", "Free some space and run the same command again."
         )
-    return UserError(
-        f"{path} cannot be written: {error.strerror or error}.",
-        "Choose another folder with `--out`, or correct its permissions; the run goes on from where it stands.",
-    )
+    return UserError(f"{path} cannot be written: {error.strerror or error}.", hint)
 
 
 def write_json(path: Path, content: Any) -> None:

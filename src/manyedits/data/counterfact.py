@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from manyedits.data import Probe, Request
-from manyedits.data.reading import text_field, texts_field
+from manyedits.data.reading import id_field, optional_text, text_field, texts_field
 from manyedits.errors import UserError
 
 
@@ -19,11 +19,11 @@ def _original(where: str, record: dict[str, Any]) -> Request:
     new = text_field(where, record, rewrite, "target_new", "str").strip()
     old = text_field(where, record, rewrite, "target_true", "str").strip()
     return Request(
-        id=str(record.get("case_id", where)),
+        id=id_field(where, record, "case_id"),
         subject=text_field(where, record, rewrite, "subject"),
         prompt=text_field(where, record, rewrite, "prompt"),
         target=new,
-        relation=record[rewrite].get("relation_id"),
+        relation=optional_text(where, record[rewrite], "relation_id"),
         old_target=old,
         paraphrases=texts_field(where, record, "paraphrase_prompts"),
         neighbours=tuple(Probe(p, old) for p in texts_field(where, record, "neighborhood_prompts")),
@@ -44,7 +44,7 @@ def _easyedit(where: str, record: dict[str, Any]) -> Request:
             f"{where}: {len(neighbours)} locality prompts have {len(answers)} answers.", "Give each prompt its answer."
         )
     return Request(
-        id=str(record.get("case_id", where)),
+        id=id_field(where, record, "case_id"),
         subject=subject,
         prompt=text.replace(subject, "{}", 1) if once and "{}" not in text else text,
         span=None if once and "{}" not in text else (start, start + len(subject)),

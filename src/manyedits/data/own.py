@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from manyedits.data import PROBES, Probe, Request
-from manyedits.data.reading import text_field, texts_field
+from manyedits.data.reading import id_field, optional_text, text_field, texts_field
 from manyedits.errors import UserError
 from manyedits.registry import near_miss
 
@@ -21,21 +21,17 @@ def own(where: str, record: dict[str, Any]) -> Request:
                 f"{where}: there is no field `{name}`.{near_miss(name, NAMES)}", f"Known: {', '.join(NAMES)}."
             )
     return Request(
-        id=str(record.get("id", where.rsplit(" ", 1)[-1])),
+        id=id_field(where, record, "id"),
         subject=text_field(where, record, "subject"),
         prompt=text_field(where, record, "prompt"),
         target=text_field(where, record, "target").strip(),
-        relation=_optional(where, record, "relation"),
-        old_target=_optional(where, record, "old_target"),
+        relation=optional_text(where, record, "relation"),
+        old_target=optional_text(where, record, "old_target"),
         span=_span(where, record),
         paraphrases=texts_field(where, record, "paraphrases"),
         generation=texts_field(where, record, "generation"),
         **{name: _probes(where, record, name) for name in PROBES},
     )
-
-
-def _optional(where: str, record: dict[str, Any], name: str) -> str | None:
-    return None if record.get(name) is None else text_field(where, record, name).strip()
 
 
 def _span(where: str, record: dict[str, Any]) -> tuple[int, int] | None:

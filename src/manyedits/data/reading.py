@@ -92,7 +92,29 @@ def text_field(where: str, record: dict[str, Any], *names: str, empty: bool = Fa
         raise UserError(f"{where}: the field `{'.'.join(names)}` is {_short(value)}, not a text.", "Give a text.")
     if not empty and not value.strip():
         raise UserError(f"{where}: the field `{'.'.join(names)}` is empty.", "Every record needs it.")
+    return _whole(where, ".".join(names), value)
+
+
+def _whole(where: str, name: str, value: str) -> str:
+    r"""JSON can escape half of a character, such as ``\ud800``, which no tokenizer and no file takes."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{where}: the field `{name}` holds half of a character.", "Write the text again.")
     return value
+
+
+def optional_text(where: str, record: dict[str, Any], name: str) -> str | None:
+    """A text that a record may lack."""
+    return None if record.get(name) is None else text_field(where, record, name).strip()
+
+
+def id_field(where: str, record: dict[str, Any], name: str) -> str:
+    """A record's id, a text or a whole number; its place in the file when it has none."""
+    value = record.get(name)
+    if value is None:
+        return where.rsplit(" ", 1)[-1]
+    if type(value) not in (str, int):
+        raise UserError(f"{where}: the field `{name}` is {_short(value)}.", "Give a text or a whole number.")
+    return _whole(where, name, str(value))
 
 
 def texts_field(where: str, record: dict[str, Any], name: str) -> tuple[str, ...]:
@@ -103,4 +125,4 @@ def texts_field(where: str, record: dict[str, Any], name: str) -> tuple[str, ...
         raise UserError(
             f"{where}: the field `{name}` is {_short(value)}, not a list of texts.", "Give a list of texts."
         )
-    return tuple(value)
+    return tuple(_whole(where, name, text) for text in value)

@@ -70,6 +70,7 @@ def _read(reader: Reader, records: Sequence[Record]) -> list[Request]:
             requests.append(_checked(where, reader(where, record)))
         except UserError as error:
             mistakes.append(error)
+    mistakes += _repeated_ids(requests)
     if len(mistakes) > MOST_MISTAKES:
         more = UserError(f"and {len(mistakes) - MOST_MISTAKES} more records with mistakes.")
         mistakes = [*mistakes[:MOST_MISTAKES], more]
@@ -88,6 +89,18 @@ def _checked(where: str, request: Request) -> Request:
     if not 0 <= start < end <= len(request.text) or request.text[start:end] != request.subject:
         raise UserError(f"{where}: the subject {request.subject!r} is not in its prompt.", "Correct one of the two.")
     return request
+
+
+def _repeated_ids(requests: Sequence[Request]) -> list[UserError]:
+    """Figures of single facts are told apart by their ids, so two different facts may not share one."""
+    by_id: dict[str, set[tuple[str, str]]] = {}
+    for request in requests:
+        by_id.setdefault(request.id, set()).add((request.text, request.target))
+    return [
+        UserError(f"The id `{name}` belongs to {len(facts)} different records.", "Give each record an id of its own.")
+        for name, facts in by_id.items()
+        if len(facts) > 1
+    ]
 
 
 def _without_duplicates(requests: Sequence[Request]) -> list[Request]:
